@@ -1,0 +1,103 @@
+"""The domain contract: what a task must say so that train, eval and export work for it.
+
+An adapter is any object with the members of :class:`Adapter`; there is no base class. Its module
+must not import torch at the top, because :meth:`Adapter.predict` also serves exported models where
+torch is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Adapter", "Arrays", "ExportSpec", "Run"]
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Run(Protocol):
+    """A model as a function of named arrays: a torch module or an onnxruntime session.
+
+    Calling it runs one graph. A recurrent graph takes and returns its state tensors by name.
+    """
+
+    metadata: Mapping[str, Any]
+    graphs: Mapping[str, Any]
+
+    def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Return the outputs of ``graph``, state tensors under their input names."""
+        ...
+
+    def initial_state(self, graph: str, batch: int) -> dict[str, np.ndarray]:
+        """Return the state before the first token, for ``batch`` sequences."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec:
+    """One graph to write.
+
+    Attributes:
+        name: the file is ``<name>.onnx``.
+        module: wraps the model so that it takes ``inputs`` then ``state``, positionally, and
+            returns ``outputs`` then the state in the same order.
+        inputs: example arrays; for a recurrent graph those of one token.
+        outputs: names of the results.
+        state: initial value of every state tensor, for a batch of one.
+        dynamic: input or state name → {axis: name of the free dimension}.
+        tolerance: largest disagreement allowed, relative to the largest output value.
+    """
+
+    name: str
+    module: Any
+    inputs: Arrays
+    outputs: tuple[str, ...]
+    state: Arrays = field(default_factory=dict)
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    tolerance: float = 2e-5
+
+
+class Adapter(Protocol):
+    """A domain: its configuration, model, data, loss, prediction, figures and graphs."""
+
+    Config: type
+    """Frozen dataclass, stored with every checkpoint."""
+
+    def build(self, config: Any) -> nn.Module:
+        """Return a freshly initialised model."""
+        ...
+
+    def data(self, config: Any, split: str, *, start: int = 0, seed: int = 0) -> Iterator[Any]:
+        """Yield batches: endless and a pure function of (seed, step) for ``"train"``, beginning at
+        step ``start``; one pass for ``"eval"``.
+        """
+        ...
+
+    def loss(
+        self, model: nn.Module, batch: Any, rng: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """Return the scalar to minimise, and sums (not means) for :meth:`metrics`."""
+        ...
+
+    def metrics(self, config: Any, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the figures of sums gathered over batches, the headline first."""
+        ...
+
+    def predict(self, run: Run, inputs: Any) -> Any:
+        """Return predictions, without torch; the same code for every kind of ``run``."""
+        ...
+
+    def exports(self, model: nn.Module) -> list[ExportSpec]:
+        """Return the graphs that make up the exported model."""
+        ...
+
+    def metadata(self, model: nn.Module) -> dict[str, Any]:
+        """Return what a host needs beside the graphs: tokenizer, labels, normalisation."""
+        ...

@@ -1,0 +1,1 @@
+"""One file per RWKV generation, each to be read beside its paper."""

@@ -1,0 +1,111 @@
+"""The contract every mixer keeps, and the small pieces that several generations share."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_core.errors import ConfigError, did_you_mean
+
+__all__ = ["Generation", "HeadNorm", "LayerState", "Mixer", "ParamGroup", "Shared"]
+
+LayerState = Any  # a NamedTuple of tensors, declared in the mixer's own file
+
+
+class Shared(NamedTuple):
+    """What crosses layers within one forward pass and belongs to the token, not to the state."""
+
+    tokens_BT: Tensor | None = None  # token ids, for mixers indexed by token
+    v_first_BTD: Tensor | None = None  # RWKV-7: the value of the first layer
+
+
+class ParamGroup(NamedTuple):
+    """Parameters of one module that train alike: names, learning-rate factor, weight decay."""
+
+    names: tuple[str, ...]
+    lr_scale: float
+    weight_decay: bool
+
+
+class Mixer(nn.Module):
+    """One half of a block: a map over tokens that carries a state and its own training recipe.
+
+    A mixer implements ``forward(x_BTD, state, shared) -> (y_BTD, state, shared)``, ``step`` (the
+    same for exactly one token [B, 1, D], in plain operations that export), ``reset_parameters``
+    and, when its learning rates differ, ``lr_scales``. A time mixer also owns ``init_state``.
+    """
+
+    causal: ClassVar[bool] = True
+    exportable: ClassVar[bool] = True
+    lr_scales: ClassVar[Mapping[str, float]] = {}
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter; the docstring is a table parameter → law."""
+        raise NotImplementedError
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Return the optimiser groups of this mixer's own parameters.
+
+        Weight decay falls on matrices of linear maps alone (``*.weight`` of rank 2): not on norms,
+        interpolation vectors or low-rank factors, where it makes RWKV clearly worse. Source:
+        BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, configure_optimizers.
+        """
+        groups: dict[tuple[float, bool], list[str]] = {}
+        for name, p in self.named_parameters():
+            decays = p.ndim >= 2 and name.endswith(".weight")
+            groups.setdefault((self.lr_scales.get(name, 1.0), decays), []).append(name)
+        return [ParamGroup(tuple(names), *key) for key, names in groups.items()]
+
+
+class Generation(NamedTuple):
+    """What the mixer registry holds: the two halves of a block of one RWKV generation."""
+
+    time_mix: type[Mixer]
+    channel_mix: type[Mixer]
+
+    def build(
+        self, dim: int, *, layer: int, depth: int, options: Mapping[str, Any]
+    ) -> tuple[Mixer, Mixer]:
+        """Return the two mixers of one layer, each given the options its signature names.
+
+        Raises:
+            ConfigError: an option that neither mixer takes; the nearest ones are named.
+        """
+        accepted = [set(inspect.signature(cls).parameters) for cls in self]
+        known = (accepted[0] | accepted[1]) - {"dim", "layer", "depth"}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown mixer option {name!r}; {did_you_mean(name, known)}")
+        time_mix, channel_mix = (
+            cls(dim, layer=layer, depth=depth, **{n: v for n, v in options.items() if n in names})
+            for cls, names in zip(self, accepted, strict=True)
+        )
+        return time_mix, channel_mix
+
+
+class HeadNorm(nn.Module):
+    """Normalise each head on its own, then scale and shift per channel (GroupNorm over heads).
+
+    The official eps 64e-5 is no part of any checkpoint: it is the GroupNorm eps 1e-5 of a trainer
+    that first divides by 8.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, y_BTHV: Tensor) -> Tensor:
+        """Return the normalised heads side by side [B, T, H·V]."""
+        y_BTHV = F.layer_norm(y_BTHV, y_BTHV.shape[-1:], eps=self.eps)
+        return y_BTHV.flatten(2) * self.weight + self.bias
+
+
+def lora_rank(dim: int, factor: float) -> int:
+    """Return the official rank rule: factor·√dim to the nearest multiple of 32, at least 32."""
+    return max(32, round(factor * math.sqrt(dim) / 32) * 32)

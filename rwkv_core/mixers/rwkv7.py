@@ -1,0 +1,308 @@
+r"""RWKV-7 "Goose": time mixing with the generalised delta rule, channel mixing with squared ReLU.
+
+Paper: arXiv 2503.14456, section 4 and appendix; code of reference: BlinkDL/RWKV-LM,
+RWKV-v7/train_temp/src/model.py. Parameter names are theirs.
+
+    symbol   meaning                                   shape          computed as
+    x, x⁻    token and its predecessor                 [B, T, D]      token shift
+    x_□      x + (x⁻ - x)·x_□                          [B, T, D]      □ in r w k v a g
+    r k v    receptance, key, value                    [B, T, H, K]   linear maps of x_r x_k x_v
+    w        log-decay, in (-0.6065, 0)                [B, T, H, K]   -e^(-1/2) σ(w0 + tanh(x_w w1) w2)
+    α        in-context learning rate, in (0, 1)       [B, T, H, K]   σ(a0 + (x_a a1) a2)
+    ν        share of the first layer's value          [B, T, D]      σ(v0 + (x_v v1) v2)
+    g        gate                                      [B, T, D]      σ(x_g g1) g2
+    κ̂        removal key, unit length per head         [B, T, H, K]   normalised k·k_k
+    S        state                                     [B, H, K, V]   ops/wkv7
+
+B batch, T time, D width, H heads, K key dim = V value dim = head size.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, lora_rank
+from rwkv_core.ops._common import WKVOutput, state_dtype
+from rwkv_core.ops.shift import token_shift
+from rwkv_core.ops.wkv7 import wkv7, wkv7_step
+
+__all__ = ["RWKV7", "ChannelMix7", "LayerState7", "Projections7", "TimeMix7"]
+
+MAX_LOG_DECAY = math.exp(-0.5)
+
+
+class LayerState7(NamedTuple):
+    """What one layer remembers: two last tokens in the dtype of the activations, S in fp32."""
+
+    att_shift_BD: Tensor
+    wkv_BHKV: Tensor
+    ffn_shift_BD: Tensor
+
+    def mix(self, other: "LayerState7", weight: float) -> "LayerState7":
+        """Return ``(1 - weight)·self + weight·other``: this generation's state is linear."""
+        return LayerState7(*(torch.lerp(a, b, weight) for a, b in zip(self, other, strict=True)))
+
+
+class Projections7(NamedTuple):
+    """What the recurrence and the finish need of every token."""
+
+    r_BTHK: Tensor
+    w_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    a_BTHK: Tensor
+    b_BTHK: Tensor
+    g_BTD: Tensor
+
+
+class TimeMix7(Mixer):
+    """Time mixing of RWKV-7: shift → project → recurrence → finish.
+
+    Args:
+        dim: width D, a multiple of ``head_dim``.
+        head_dim: head size, K = V.
+        layer: index of this layer; layer 0 provides the first value and mixes none in.
+        depth: number of layers, for the initialisation.
+        decay_rank, iclr_rank, value_rank, gate_rank: inner sizes of the low-rank maps of w, α, ν
+            and g; None is the official rule.
+        norm_eps: eps of the per-head norm.
+        impl: implementation of the op, as in :func:`rwkv_core.ops.wkv7`.
+
+    A domain recombines the pieces: its own shift before :meth:`project`, its own scan in place of
+    :meth:`recurrence`.
+    """
+
+    lr_scales = {"w0": 2.0}  # noqa: RUF012 - a constant of the recipe
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int = 64,
+        layer: int = 0,
+        depth: int = 12,
+        decay_rank: int | None = None,
+        iclr_rank: int | None = None,
+        value_rank: int | None = None,
+        gate_rank: int | None = None,
+        norm_eps: float = 64e-5,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"dim {dim} is not a multiple of head_dim {head_dim}")
+        self.dim, self.head_dim, self.layer, self.depth = dim, head_dim, layer, depth
+        self.impl = impl
+
+        def vector(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape or (dim,)))
+
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (vector() for _ in range(6))
+        rank = decay_rank or lora_rank(dim, 2.5)
+        self.w0, self.w1, self.w2 = vector(), vector(dim, rank), vector(rank, dim)
+        rank = iclr_rank or lora_rank(dim, 2.5)
+        self.a0, self.a1, self.a2 = vector(), vector(dim, rank), vector(rank, dim)
+        if layer > 0:
+            rank = value_rank or lora_rank(dim, 1.7)
+            self.v0, self.v1, self.v2 = vector(), vector(dim, rank), vector(rank, dim)
+        rank = gate_rank or lora_rank(dim, 5.0)
+        self.g1, self.g2 = vector(dim, rank), vector(rank, dim)
+        self.k_k, self.k_a = vector(), vector()
+        self.r_k = vector(dim // head_dim, head_dim)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.ln_x = HeadNorm(dim, norm_eps)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the official trainer does.
+
+        With n the channel, s = n/D, l = n/(D-1), ρ = layer/(depth-1), ρ' = 1 - layer/depth, and z
+        the signed square of the position within the head, from -1 to 1:
+
+            x_r, x_g                1 - s^(0.2 ρ')
+            x_w, x_a                1 - s^(0.9 ρ')
+            x_k, x_v                1 - s^(0.7 ρ')
+            w0                      -5.5 + 6 l^(1 + ρ^0.3) + 2.5 z
+            a0                      -0.19 + 0.3 z + 0.4 (l - 0.5)
+            v0                      0.73 - 0.4 (l - 0.5)
+            k_k                     0.71 - 0.1 (l - 0.5)
+            k_a, r_k                1.02, -0.04
+            w1, a1, v1, g1          0
+            w2, a2, v2, g2          orthogonal, gain 0.1
+            receptance, value       orthogonal, gain 1
+            key                     orthogonal, gain 0.1
+            output                  0: a block is the identity at the start
+            ln_x                    weight ((1 + layer)/depth)^0.7, bias 0
+        """
+        D, N = self.dim, self.head_dim
+        rho = self.layer / max(self.depth - 1, 1)
+        rest = 1 - self.layer / self.depth
+        n = torch.arange(D)
+        s, linear = n / D, n / max(D - 1, 1)
+        z = 2 * (n % N) / max(N - 1, 1) - 1
+        z = z * z.abs()
+        for names, power in (("rg", 0.2), ("wa", 0.9), ("kv", 0.7)):
+            for name in names:
+                getattr(self, f"x_{name}").copy_(1 - s ** (power * rest))
+        self.w0.copy_(-5.5 + 6 * linear ** (1 + rho**0.3) + 2.5 * z)
+        self.a0.copy_(-0.19 + 0.3 * z + 0.4 * (linear - 0.5))
+        if self.layer > 0:
+            self.v0.copy_(0.73 - 0.4 * (linear - 0.5))
+        self.k_k.copy_(0.71 - 0.1 * (linear - 0.5))
+        self.k_a.fill_(1.02)
+        self.r_k.fill_(-0.04)
+        for name in "wavg" if self.layer > 0 else "wag":
+            nn.init.zeros_(getattr(self, f"{name}1"))
+            nn.init.orthogonal_(getattr(self, f"{name}2"), gain=0.1)
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.value.weight)
+        nn.init.orthogonal_(self.key.weight, gain=0.1)
+        nn.init.zeros_(self.output.weight)
+        self.ln_x.weight.fill_(((1 + self.layer) / self.depth) ** 0.7)
+        self.ln_x.bias.zero_()
+
+    def init_state(
+        self, batch: int, *, device: Any = None, dtype: torch.dtype = torch.float32
+    ) -> LayerState7:
+        """Return the state before the first token: zeros. ``dtype`` is that of the activations."""
+        new = functools.partial(torch.zeros, device=device)
+        shape = (batch, self.dim // self.head_dim, self.head_dim, self.head_dim)
+        wkv_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return LayerState7(
+            new(batch, self.dim, dtype=dtype),
+            new(shape, dtype=wkv_dtype),
+            new(batch, self.dim, dtype=dtype),
+        )
+
+    def forward(
+        self, x_BTD: Tensor, state: LayerState7, shared: Shared
+    ) -> tuple[Tensor, LayerState7, Shared]:
+        """Mix a sequence [B, T, D], T ≥ 0."""
+        previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
+        p, shared = self.project(x_BTD, previous_BTD, shared)
+        y_BTHV, wkv_BHKV = self.recurrence(p, state.wkv_BHKV)
+        state = state._replace(att_shift_BD=last_BD, wkv_BHKV=wkv_BHKV)
+        return self.finish(y_BTHV, p), state, shared
+
+    def step(
+        self, x_B1D: Tensor, state: LayerState7, shared: Shared
+    ) -> tuple[Tensor, LayerState7, Shared]:
+        """Mix one token [B, 1, D]."""
+        p, shared = self.project(x_B1D, state.att_shift_BD[:, None], shared)
+        wkv_BHKV = state.wkv_BHKV
+        y_BHV, wkv_BHKV = wkv7_step(*(i[:, 0].to(wkv_BHKV.dtype) for i in p[:6]), wkv_BHKV)
+        state = state._replace(att_shift_BD=x_B1D[:, 0], wkv_BHKV=wkv_BHKV)
+        return self.finish(y_BHV[:, None].to(x_B1D.dtype), p), state, shared
+
+    def project(
+        self, x_BTD: Tensor, previous_BTD: Tensor, shared: Shared
+    ) -> tuple[Projections7, Shared]:
+        """Compute what the recurrence reads, from each token and its predecessor."""
+        mix_6D = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+        x_6BTD = torch.addcmul(x_BTD, previous_BTD - x_BTD, mix_6D[:, None, None])
+        x_r, x_w, x_k, x_v, x_a, x_g = x_6BTD.unbind()
+
+        r = self.receptance(x_r)
+        k = self.key(x_k)
+        v = self.value(x_v)
+        # decay and unit keys in fp32: half precision has too few digits near 1
+        dtype = state_dtype(x_BTD)
+        lora_w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
+        w = -MAX_LOG_DECAY * torch.sigmoid(lora_w.to(dtype))
+        if shared.v_first_BTD is None:
+            shared = shared._replace(v_first_BTD=v)
+        else:
+            v = v + (shared.v_first_BTD - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
+        alpha = torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2)
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+
+        kappa = self.heads(k * self.k_k).to(dtype)
+        kappa = kappa / kappa.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        k = k * (1 + (alpha - 1) * self.k_a)
+        p = Projections7(
+            self.heads(r),
+            self.heads(w),
+            self.heads(k),
+            self.heads(v),
+            -kappa,
+            kappa * self.heads(alpha),
+            g,
+        )
+        return p, shared
+
+    def recurrence(self, p: Projections7, wkv_BHKV: Tensor) -> WKVOutput:
+        """Run the op over the sequence."""
+        return wkv7(*p[:6], wkv_BHKV, impl=self.impl)
+
+    def finish(self, y_BTHV: Tensor, p: Projections7) -> Tensor:
+        """Normalise each head, add the bonus of the current token, gate, and project out."""
+        bonus_BTHV = (p.r_BTHK * p.k_BTHK * self.r_k).sum(-1, keepdim=True) * p.v_BTHV
+        y_BTD = self.ln_x(y_BTHV) + bonus_BTHV.flatten(2)
+        return self.output(y_BTD * p.g_BTD)
+
+    def heads(self, x_BTD: Tensor) -> Tensor:
+        """View [B, T, D] as heads [B, T, H, K]."""
+        return x_BTD.unflatten(-1, (-1, self.head_dim))
+
+
+class ChannelMix7(Mixer):
+    """Channel mixing of RWKV-7: token shift, expansion, squared ReLU; no receptance.
+
+    Args:
+        dim: width D.
+        layer: index of this layer.
+        depth: number of layers.
+        hidden_dim: inner width; None is 4·D.
+    """
+
+    def __init__(
+        self, dim: int, *, layer: int = 0, depth: int = 12, hidden_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.layer, self.depth = layer, depth
+        self.x_k = nn.Parameter(torch.empty(dim))
+        self.key = nn.Linear(dim, hidden_dim or 4 * dim, bias=False)
+        self.value = nn.Linear(hidden_dim or 4 * dim, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the official trainer does.
+
+        x_k      1 - (n/D)^(ρ'^4), with ρ' = 1 - layer/depth
+        key      orthogonal, gain 1
+        value    0: a block is the identity at the start
+        """
+        dim = len(self.x_k)
+        self.x_k.copy_(1 - (torch.arange(dim) / dim) ** ((1 - self.layer / self.depth) ** 4))
+        nn.init.orthogonal_(self.key.weight)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(
+        self, x_BTD: Tensor, state: LayerState7, shared: Shared
+    ) -> tuple[Tensor, LayerState7, Shared]:
+        """Mix a sequence [B, T, D], T ≥ 0."""
+        previous_BTD, last_BD = token_shift(x_BTD, state.ffn_shift_BD)
+        return self.mix(x_BTD, previous_BTD), state._replace(ffn_shift_BD=last_BD), shared
+
+    def step(
+        self, x_B1D: Tensor, state: LayerState7, shared: Shared
+    ) -> tuple[Tensor, LayerState7, Shared]:
+        """Mix one token [B, 1, D]."""
+        y_B1D = self.mix(x_B1D, state.ffn_shift_BD[:, None])
+        return y_B1D, state._replace(ffn_shift_BD=x_B1D[:, 0]), shared
+
+    def mix(self, x_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
+        """Expand the interpolated token, square its positive part, and project back."""
+        x_k = torch.addcmul(x_BTD, previous_BTD - x_BTD, self.x_k)
+        return self.value(torch.relu(self.key(x_k)).square())
+
+
+RWKV7 = Generation(TimeMix7, ChannelMix7)

@@ -1,0 +1,62 @@
+"""WKV-7, the generalised delta rule of RWKV-7: public op, its implementations, its single step."""
+
+import torch
+from torch import Tensor
+
+from rwkv_core.ops._common import WKVOutput, check_shapes, state_dtype
+from rwkv_core.ops.wkv7.chunked import wkv7_chunked
+from rwkv_core.ops.wkv7.reference import wkv7_reference, wkv7_step
+
+__all__ = ["IMPLS", "wkv7", "wkv7_step"]
+
+IMPLS = {"reference": wkv7_reference, "chunked": wkv7_chunked}
+
+
+def wkv7(
+    r_BTHK: Tensor,
+    w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    state_BHKV: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> WKVOutput:
+    """Run the RWKV-7 recurrence over a sequence.
+
+    Args:
+        r_BTHK: receptance [B, T, H, K]: what is read from the state.
+        w_BTHK: log-decay [B, T, H, K], ≤ 0.
+        k_BTHK: key [B, T, H, K]: where the value is written.
+        v_BTHV: value [B, T, H, V].
+        a_BTHK: removal key [B, T, H, K]; RWKV-7 passes −κ̂.
+        b_BTHK: replacement key [B, T, H, K]; RWKV-7 passes κ̂ ⊙ in-context learning rate.
+        state_BHKV: state before the first token [B, H, K, V]; zeros if None.
+        impl: ``"reference"`` (time loop) or ``"chunked"`` (matrix products; needs |w| ≤ 5);
+            ``"auto"`` is chunked.
+
+    Returns:
+        ``WKVOutput(y_BTHV, state_BHKV)``: y in the dtype of ``v``, the state in fp32 (fp64 for fp64
+        inputs). T = 0 returns an empty y and the state unchanged.
+
+    Raises:
+        ValueError: a shape that does not fit the others, or an unknown ``impl``.
+    """
+    B, _, H, K = check_shapes("wkv7", r_BTHK, {"w": w_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK})
+    check_shapes("wkv7", r_BTHK[..., :1], {"v": v_BTHV[..., :1]})
+    V = v_BTHV.shape[-1]
+    dtype = state_dtype(v_BTHV)
+    if state_BHKV is None:
+        state_BHKV = v_BTHV.new_zeros(B, H, K, V, dtype=dtype)
+    elif state_BHKV.shape != (B, H, K, V):
+        raise ValueError(
+            f"wkv7: state has shape {tuple(state_BHKV.shape)}, expected [B, H, K, V] = {(B, H, K, V)}"
+        )
+    run = IMPLS.get("chunked" if impl == "auto" else impl)
+    if run is None:
+        raise ValueError(f"wkv7: unknown impl {impl!r}; expected 'auto' or one of {sorted(IMPLS)}")
+    inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
+    with torch.autocast(v_BTHV.device.type, enabled=False):
+        y_BTHV, state_BHKV = run(*(x.to(dtype) for x in inputs))
+    return WKVOutput(y_BTHV.to(v_BTHV.dtype), state_BHKV)

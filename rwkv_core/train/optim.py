@@ -1,0 +1,46 @@
+"""AdamW whose groups come from the layers: each mixer knows its own recipe."""
+
+from torch import nn
+from torch.optim import AdamW
+
+from rwkv_core.mixers.base import Mixer
+from rwkv_core.train.config import TrainSettings
+
+__all__ = ["optimizer", "param_groups"]
+
+
+def param_groups(model: nn.Module) -> list[tuple[tuple[str, ...], float, bool]]:
+    """Return ``(names, lr_scale, weight_decay)`` that cover every parameter exactly once.
+
+    Mixers say theirs; of the rest, weight matrices (linear maps, embeddings, convolutions) decay
+    and vectors do not.
+    """
+    groups: dict[tuple[float, bool], list[str]] = {}
+    claimed: set[str] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, Mixer):
+            for group in module.param_groups():
+                names = [f"{prefix}.{n}" if prefix else n for n in group.names]
+                groups.setdefault((group.lr_scale, group.weight_decay), []).extend(names)
+                claimed.update(names)
+    for name, p in model.named_parameters():
+        if name not in claimed:
+            decays = p.ndim >= 2 and name.endswith("weight")
+            groups.setdefault((1.0, decays), []).append(name)
+    return [(tuple(names), *key) for key, names in groups.items()]
+
+
+def optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
+    """Return AdamW over the model's groups; each group keeps its ``lr_scale`` and its names."""
+    parameters = dict(model.named_parameters())
+    groups = [
+        {
+            "params": [parameters[n] for n in names],
+            "names": names,
+            "lr_scale": lr_scale,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for names, lr_scale, decays in param_groups(model)
+    ]
+    betas = (settings.beta1, settings.beta2)
+    return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)

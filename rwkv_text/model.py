@@ -1,0 +1,192 @@
+"""The causal language model: embedding, trunk, head."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_core import checkpoint
+from rwkv_core.adapter import ExportSpec
+from rwkv_core.backbone import Backbone
+from rwkv_core.errors import CheckpointError
+from rwkv_core.run import TorchRun
+from rwkv_core.state import State, pack, packed_names, unpack
+from rwkv_text import host
+from rwkv_text.config import TextConfig
+
+__all__ = ["CausalLM", "LMOutput", "load"]
+
+
+class LMOutput(NamedTuple):
+    """Logits [B, T, V] of the token after each position, and the state after the last one."""
+
+    logits_BTV: Tensor
+    state: State
+
+
+class CausalLM(nn.Module):
+    """An RWKV language model of any generation.
+
+    Args:
+        config: sizes, mixer and tokenizer.
+    """
+
+    adapter = "text"
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.dim)
+        self.backbone = Backbone(
+            config.dim, config.depth, mixer=config.mixer, mixer_options=config.mixer_options
+        )
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.fingerprint = _fingerprint(config)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the ends; the mixers look after themselves.
+
+        emb     uniform ±1e-4: the first LayerNorm scales it up
+        head    orthogonal, gain 0.5·√(V/D) if V > D else 0.5
+        """
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        ratio = self.config.vocab_size / self.config.dim
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(ratio, 1.0)))
+
+    def init_state(self, batch: int = 1) -> State:
+        """Return the state before the first token of ``batch`` sequences."""
+        weight = self.emb.weight
+        layers = self.backbone.init_state(batch, device=weight.device, dtype=weight.dtype)
+        return State(layers, 0, self.fingerprint)
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None) -> LMOutput:
+        """Read tokens [B, T]; ``state`` None is a document's start. Any T, trained on or not.
+
+        Raises:
+            CheckpointError: the state belongs to another model.
+        """
+        if state is None:
+            state = self.init_state(tokens_BT.shape[0])
+        elif state.model != self.fingerprint:
+            raise CheckpointError(
+                f"the state belongs to another model: it has fingerprint {state.model}, this model "
+                f"has {self.fingerprint}"
+            )
+        x_BTD, layers = self.backbone(self.emb(tokens_BT), state.layers, tokens_BT)
+        position = state.position + tokens_BT.shape[1]
+        return LMOutput(self.head(x_BTD), State(layers, position, self.fingerprint))
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Return the continuation of a prompt, or with ``stream`` an iterator over its pieces."""
+        run = TorchRun(self, [step_spec(self), prefill_spec(self)], self.metadata())
+        pieces = host.generate(
+            run, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            seed=seed,
+        )  # fmt: skip
+        return pieces if stream else "".join(pieces)
+
+    def metadata(self) -> dict[str, str | int]:
+        """Return what a host of this model needs to know beside its graphs."""
+        config = self.config
+        return {
+            "tokenizer": config.tokenizer,
+            "vocab_size": config.vocab_size,
+            "model": self.fingerprint,
+        }
+
+
+class StepGraph(nn.Module):
+    """One token [B, 1] and packed state in, logits [B, V] and packed state out."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_B1: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
+        """Run the trunk's single-token path."""
+        kind = self.state_type
+        state = unpack(kind, dict(zip(packed_names(kind).values(), packed, strict=True)))
+        x_B1D, state = self.model.backbone.step(self.model.emb(tokens_B1), state, tokens_B1)
+        return self.model.head(x_B1D)[:, 0], *pack(state).values()
+
+    @property
+    def state_type(self) -> type:
+        """The NamedTuple of one layer's state."""
+        return type(self.model.backbone.init_state(1)[0])
+
+
+class PrefillGraph(StepGraph):
+    """Any number of tokens [B, T] at once, logits [B, T, V] after each of them."""
+
+    def forward(self, tokens_BT: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
+        """Run the trunk over the sequence."""
+        kind = self.state_type
+        state = unpack(kind, dict(zip(packed_names(kind).values(), packed, strict=True)))
+        x_BTD, state = self.model.backbone(self.model.emb(tokens_BT), state, tokens_BT)
+        return self.model.head(x_BTD), *pack(state).values()
+
+
+def step_spec(model: CausalLM) -> ExportSpec:
+    """Return the recurrent step as a graph to export."""
+    return _spec("step", StepGraph(model), model)
+
+
+def prefill_spec(model: CausalLM) -> ExportSpec:
+    """Return the whole-sequence pass as a graph to run in torch."""
+    return _spec("prefill", PrefillGraph(model), model)
+
+
+def _spec(name: str, module: nn.Module, model: CausalLM) -> ExportSpec:
+    import numpy as np
+
+    state = {n: t.numpy(force=True) for n, t in model.init_state(1).packed().items()}
+    return ExportSpec(
+        name=name,
+        module=module,
+        inputs={"tokens": np.zeros((1, 1), np.int64)},
+        outputs=("logits",),
+        state=state,
+        dynamic={"tokens": {0: "batch"}, **{n: {1: "batch"} for n in state}},
+    )
+
+
+def load(path: str | Path) -> CausalLM:
+    """Return the language model saved at ``path``: a checkpoint's folder or a run's.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one of another domain.
+    """
+    model = checkpoint.load(path)
+    if not isinstance(model, CausalLM):
+        raise CheckpointError(
+            f"{path} holds a model of the domain {model.adapter!r}, expected 'text'"
+        )
+    return model
+
+
+def _fingerprint(config: TextConfig) -> str:
+    """Return 16 hexadecimal digits of the architecture; data and batch size play no part."""
+    shape = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in ("data", "context", "batch_size")
+    }
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
