@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rwkv_core.mixers.base import Generation, LayerState, Shared
 from rwkv_core.registry import MIXERS
+from rwkv_core.state import packed_names
 
 __all__ = ["Backbone", "Block"]
 
@@ -43,13 +44,13 @@ class Block(nn.Module):
         return x_BTD + y_BTD, state, shared
 
     def step(
-        self, x_B1D: Tensor, state: LayerState, shared: Shared
+        self, x_1BD: Tensor, state: LayerState, shared: Shared
     ) -> tuple[Tensor, LayerState, Shared]:
-        """Map one token [B, 1, D] and the layer's state, in operations that export."""
-        y_B1D, state, shared = self.time_mix.step(self.ln1(x_B1D), state, shared)
-        x_B1D = x_B1D + y_B1D
-        y_B1D, state, shared = self.channel_mix.step(self.ln2(x_B1D), state, shared)
-        return x_B1D + y_B1D, state, shared
+        """Map one token of each sequence, time first [1, B, D], in operations that export."""
+        y_1BD, state, shared = self.time_mix.step(self.ln1(x_1BD), state, shared)
+        x_1BD = x_1BD + y_1BD
+        y_1BD, state, shared = self.channel_mix.step(self.ln2(x_1BD), state, shared)
+        return x_1BD + y_1BD, state, shared
 
 
 class Backbone(nn.Module):
@@ -82,6 +83,7 @@ class Backbone(nn.Module):
             for i in range(depth)
         )
         self.ln_out = nn.LayerNorm(dim, NORM_EPS)
+        self.state_type = generation.time_mix.state_type
 
     def init_state(
         self, batch: int, *, device: Any = None, dtype: torch.dtype = torch.float32
@@ -98,24 +100,26 @@ class Backbone(nn.Module):
         """Map a sequence of embeddings [B, T, D]; ``state`` None is a document's start."""
         if state is None:
             state = self.init_state(x_BTD.shape[0], device=x_BTD.device, dtype=x_BTD.dtype)
-        return self._run(x_BTD, state, Shared(tokens_BT), "forward")
-
-    def step(
-        self,
-        x_B1D: Tensor,
-        state: tuple[LayerState, ...],
-        tokens_B1: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """Map one embedding [B, 1, D], in operations that export."""
-        return self._run(x_B1D, state, Shared(tokens_B1), "step")
-
-    def _run(
-        self, x_BTD: Tensor, state: tuple[LayerState, ...], shared: Shared, method: str
-    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        shared, after = Shared(tokens_BT), []
         x_BTD = self.ln_in(x_BTD)
-        after = []
-        for block, layer_state in zip(self.blocks, state, strict=True):
-            run = block if method == "forward" else block.step
-            x_BTD, layer_state, shared = run(x_BTD, layer_state, shared)  # noqa: PLW2901
+        for block, before in zip(self.blocks, state, strict=True):
+            x_BTD, layer_state, shared = block(x_BTD, before, shared)
             after.append(layer_state)
         return self.ln_out(x_BTD), tuple(after)
+
+    def step(
+        self, x_1BD: Tensor, packed: Mapping[str, Tensor], tokens_1B: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map one token of each sequence, time first [1, B, D], in operations that export.
+
+        ``packed`` holds the state as :meth:`rwkv_core.state.State.packed` does: [L, B, ...].
+        """
+        shared, after = Shared(tokens_1B), []
+        x_1BD = self.ln_in(x_1BD)
+        kind = self.state_type
+        rows = zip(*(packed[name].split(1) for name in packed_names(kind).values()), strict=True)
+        for block, row in zip(self.blocks, rows, strict=True):
+            x_1BD, layer_state, shared = block.step(x_1BD, kind(*row), shared)
+            after.append(layer_state)
+        columns = zip(packed_names(kind).values(), zip(*after, strict=True), strict=True)
+        return self.ln_out(x_1BD), {name: torch.cat(column) for name, column in columns}

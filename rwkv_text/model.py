@@ -114,23 +114,19 @@ class CausalLM(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One token [B, 1] and packed state in, logits [B, V] and packed state out."""
+    """One token of each sequence [B, 1] and packed state in; logits [B, V] and state out."""
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
+        self.names = list(packed_names(model.backbone.state_type).values())
 
     def forward(self, tokens_B1: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
         """Run the trunk's single-token path."""
-        kind = self.state_type
-        state = unpack(kind, dict(zip(packed_names(kind).values(), packed, strict=True)))
-        x_B1D, state = self.model.backbone.step(self.model.emb(tokens_B1), state, tokens_B1)
-        return self.model.head(x_B1D)[:, 0], *pack(state).values()
-
-    @property
-    def state_type(self) -> type:
-        """The NamedTuple of one layer's state."""
-        return type(self.model.backbone.init_state(1)[0])
+        state = dict(zip(self.names, packed, strict=True))
+        tokens_1B = tokens_B1.mT
+        x_1BD, state = self.model.backbone.step(self.model.emb(tokens_1B), state, tokens_1B)
+        return self.model.head(x_1BD)[0], *state.values()
 
 
 class PrefillGraph(StepGraph):
@@ -138,8 +134,7 @@ class PrefillGraph(StepGraph):
 
     def forward(self, tokens_BT: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
         """Run the trunk over the sequence."""
-        kind = self.state_type
-        state = unpack(kind, dict(zip(packed_names(kind).values(), packed, strict=True)))
+        state = unpack(self.model.backbone.state_type, dict(zip(self.names, packed, strict=True)))
         x_BTD, state = self.model.backbone(self.model.emb(tokens_BT), state, tokens_BT)
         return self.model.head(x_BTD), *pack(state).values()
 

@@ -19,8 +19,8 @@ LayerState = Any  # a NamedTuple of tensors, declared in the mixer's own file
 class Shared(NamedTuple):
     """What crosses layers within one forward pass and belongs to the token, not to the state."""
 
-    tokens_BT: Tensor | None = None  # token ids, for mixers indexed by token
-    v_first_BTD: Tensor | None = None  # RWKV-7: the value of the first layer
+    tokens: Tensor | None = None  # token ids, for mixers indexed by token
+    v_first: Tensor | None = None  # RWKV-7: the value of the first layer
 
 
 class ParamGroup(NamedTuple):
@@ -35,13 +35,18 @@ class Mixer(nn.Module):
     """One half of a block: a map over tokens that carries a state and its own training recipe.
 
     A mixer implements ``forward(x_BTD, state, shared) -> (y_BTD, state, shared)``, ``step`` (the
-    same for exactly one token [B, 1, D], in plain operations that export), ``reset_parameters``
-    and, when its learning rates differ, ``lr_scales``. A time mixer also owns ``init_state``.
+    same for one token of each sequence, in plain operations that export), ``reset_parameters`` and,
+    when its learning rates differ, ``lr_scales``. A time mixer also owns ``init_state``.
+
+    A step works time first: its token is [1, B, D], and its state tensors [1, B, ...] are one row of
+    the states of all layers [L, B, ...]. So nothing is squeezed or stacked on the way, which is a
+    fifth of the nodes of an exported graph.
     """
 
     causal: ClassVar[bool] = True
     exportable: ClassVar[bool] = True
     lr_scales: ClassVar[Mapping[str, float]] = {}
+    state_type: ClassVar[type] = tuple
 
     def reset_parameters(self) -> None:
         """Initialise every parameter; the docstring is a table parameter → law."""
@@ -100,10 +105,11 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, y_BTHV: Tensor) -> Tensor:
-        """Return the normalised heads side by side [B, T, H·V]."""
-        y_BTHV = F.layer_norm(y_BTHV, y_BTHV.shape[-1:], eps=self.eps)
-        return y_BTHV.flatten(2) * self.weight + self.bias
+    def forward(self, y_H1V: Tensor) -> Tensor:
+        """Map rows [..., H, 1, V] to normalised rows."""
+        rows = (-1, 1, y_H1V.shape[-1])
+        y_H1V = F.layer_norm(y_H1V, rows[-1:], eps=self.eps)
+        return y_H1V * self.weight.view(rows) + self.bias.view(rows)
 
 
 def lora_rank(dim: int, factor: float) -> int:

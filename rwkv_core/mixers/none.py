@@ -38,6 +38,8 @@ class TimeMixNone(Mixer):
         norm_eps: eps of the per-head norm.
     """
 
+    state_type = LayerStateNone
+
     def __init__(
         self,
         dim: int,
@@ -96,19 +98,19 @@ class TimeMixNone(Mixer):
         return self.mix(x_BTD, previous_BTD), state._replace(att_shift_BD=last_BD), shared
 
     def step(
-        self, x_B1D: Tensor, state: LayerStateNone, shared: Shared
+        self, x_1BD: Tensor, state: LayerStateNone, shared: Shared
     ) -> tuple[Tensor, LayerStateNone, Shared]:
-        """Mix one token [B, 1, D]."""
-        y_B1D = self.mix(x_B1D, state.att_shift_BD[:, None])
-        return y_B1D, state._replace(att_shift_BD=x_B1D[:, 0]), shared
+        """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
+        y_1BD = self.mix(x_1BD, state.att_shift_BD)
+        return y_1BD, state._replace(att_shift_BD=x_1BD), shared
 
-    def mix(self, x_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
-        """Return the gated, normalised value of the interpolated token."""
-        d = previous_BTD - x_BTD
-        v_BTD = self.value(x_BTD + d * self.x_v)
-        gate_BTD = torch.sigmoid((x_BTD + d * self.x_g) @ self.g1) @ self.g2
-        y_BTD = self.ln_x(v_BTD.unflatten(-1, (-1, self.head_dim)))
-        return self.output(y_BTD * gate_BTD)
+    def mix(self, x_D: Tensor, previous_D: Tensor) -> Tensor:
+        """Return the gated, normalised value of the interpolated token [..., D]."""
+        d = previous_D - x_D
+        v_D = self.value(x_D + d * self.x_v)
+        gate_D = torch.sigmoid((x_D + d * self.x_g) @ self.g1) @ self.g2
+        y_H1V = self.ln_x(v_D.unflatten(-1, (-1, 1, self.head_dim)))
+        return self.output(y_H1V.flatten(-3) * gate_D)
 
 
 NONE = Generation(TimeMixNone, ChannelMix7)

@@ -14,11 +14,14 @@ RWKV-v7/train_temp/src/model.py. Parameter names are theirs.
     κ̂        removal key, unit length per head         [B, T, H, K]   normalised k·k_k
     S        state                                     [B, H, K, V]   ops/wkv7
 
-B batch, T time, D width, H heads, K key dim = V value dim = head size.
+B batch, T time, D width, H heads, K key dim = V value dim = head size. Names that begin after B and
+T (``x_D``, ``r_H1K``) belong to code that both paths use: a sequence brings [B, T, ...], one step
+[1, B, ...].
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +50,15 @@ class LayerState7(NamedTuple):
 
 
 class Projections7(NamedTuple):
-    """What the recurrence and the finish need of every token."""
+    """What the recurrence and the finish need of every token; vectors of a head are rows."""
 
-    r_BTHK: Tensor
-    w_BTHK: Tensor
-    k_BTHK: Tensor
-    v_BTHV: Tensor
-    a_BTHK: Tensor
-    b_BTHK: Tensor
-    g_BTD: Tensor
+    r_H1K: Tensor
+    w_H1K: Tensor
+    k_H1K: Tensor
+    v_H1V: Tensor
+    a_H1K: Tensor
+    b_H1K: Tensor
+    g_D: Tensor
 
 
 class TimeMix7(Mixer):
@@ -76,6 +79,7 @@ class TimeMix7(Mixer):
     """
 
     lr_scales = {"w0": 2.0}  # noqa: RUF012 - a constant of the recipe
+    state_type = LayerState7
 
     def __init__(
         self,
@@ -186,70 +190,67 @@ class TimeMix7(Mixer):
     ) -> tuple[Tensor, LayerState7, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
-        p, shared = self.project(x_BTD, previous_BTD, shared)
+        mix_6D = self.shift_mix()[:, None, None]
+        mixed = torch.addcmul(x_BTD, previous_BTD - x_BTD, mix_6D).unbind()
+        p, shared = self.project(mixed, shared)
         y_BTHV, wkv_BHKV = self.recurrence(p, state.wkv_BHKV)
         state = state._replace(att_shift_BD=last_BD, wkv_BHKV=wkv_BHKV)
-        return self.finish(y_BTHV, p), state, shared
+        return self.finish(y_BTHV[..., None, :], p), state, shared
 
     def step(
-        self, x_B1D: Tensor, state: LayerState7, shared: Shared
+        self, x_1BD: Tensor, state: LayerState7, shared: Shared
     ) -> tuple[Tensor, LayerState7, Shared]:
-        """Mix one token [B, 1, D]."""
-        p, shared = self.project(x_B1D, state.att_shift_BD[:, None], shared)
+        """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
+        mix_6D = self.shift_mix()[:, None]
+        mixed = torch.addcmul(x_1BD, state.att_shift_BD - x_1BD, mix_6D).split(1)
+        p, shared = self.project(mixed, shared)
         wkv_BHKV = state.wkv_BHKV
-        y_BHV, wkv_BHKV = wkv7_step(*(i[:, 0].to(wkv_BHKV.dtype) for i in p[:6]), wkv_BHKV)
-        state = state._replace(att_shift_BD=x_B1D[:, 0], wkv_BHKV=wkv_BHKV)
-        return self.finish(y_BHV[:, None].to(x_B1D.dtype), p), state, shared
+        y_1BH1V, wkv_BHKV = wkv7_step(*(i.to(wkv_BHKV.dtype) for i in p[:6]), wkv_BHKV)
+        state = state._replace(att_shift_BD=x_1BD, wkv_BHKV=wkv_BHKV)
+        return self.finish(y_1BH1V.to(x_1BD.dtype), p), state, shared
+
+    def shift_mix(self) -> Tensor:
+        """Return the share of the previous token in each of the six inputs [6, D]."""
+        return torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
 
     def project(
-        self, x_BTD: Tensor, previous_BTD: Tensor, shared: Shared
+        self, mixed: Sequence[Tensor], shared: Shared
     ) -> tuple[Projections7, Shared]:
-        """Compute what the recurrence reads, from each token and its predecessor."""
-        mix_6D = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
-        x_6BTD = torch.addcmul(x_BTD, previous_BTD - x_BTD, mix_6D[:, None, None])
-        x_r, x_w, x_k, x_v, x_a, x_g = x_6BTD.unbind()
-
-        r = self.receptance(x_r)
-        k = self.key(x_k)
-        v = self.value(x_v)
+        """Compute what the recurrence reads from the six shifted inputs [..., D] (r w k v a g)."""
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
         # decay and unit keys in fp32: half precision has too few digits near 1
-        dtype = state_dtype(x_BTD)
+        dtype = state_dtype(x_r)
+        r = self.heads(self.receptance(x_r))
         lora_w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
-        w = -MAX_LOG_DECAY * torch.sigmoid(lora_w.to(dtype))
-        if shared.v_first_BTD is None:
-            shared = shared._replace(v_first_BTD=v)
+        w = self.heads(-MAX_LOG_DECAY * torch.sigmoid(lora_w.to(dtype)))
+        k = self.heads(self.key(x_k))
+        v = self.value(x_v)
+        if shared.v_first is None:
+            shared = shared._replace(v_first=v)
         else:
-            v = v + (shared.v_first_BTD - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
-        alpha = torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2)
+            v = v + (shared.v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
+        alpha = self.heads(torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2))
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
 
-        kappa = self.heads(k * self.k_k).to(dtype)
+        kappa = (k * self.heads(self.k_k)).to(dtype)
         kappa = kappa / kappa.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        k = k * (1 + (alpha - 1) * self.k_a)
-        p = Projections7(
-            self.heads(r),
-            self.heads(w),
-            self.heads(k),
-            self.heads(v),
-            -kappa,
-            kappa * self.heads(alpha),
-            g,
-        )
-        return p, shared
+        k_a = self.heads(self.k_a)
+        k = k * (1 - k_a + alpha * k_a)
+        return Projections7(r, w, k, self.heads(v), -kappa, kappa * alpha, g), shared
 
     def recurrence(self, p: Projections7, wkv_BHKV: Tensor) -> WKVOutput:
         """Run the op over the sequence."""
-        return wkv7(*p[:6], wkv_BHKV, impl=self.impl)
+        return wkv7(*(x.squeeze(-2) for x in p[:6]), wkv_BHKV, impl=self.impl)
 
-    def finish(self, y_BTHV: Tensor, p: Projections7) -> Tensor:
+    def finish(self, y_H1V: Tensor, p: Projections7) -> Tensor:
         """Normalise each head, add the bonus of the current token, gate, and project out."""
-        bonus_BTHV = (p.r_BTHK * p.k_BTHK * self.r_k).sum(-1, keepdim=True) * p.v_BTHV
-        y_BTD = self.ln_x(y_BTHV) + bonus_BTHV.flatten(2)
-        return self.output(y_BTD * p.g_BTD)
+        bonus_H1V = (p.r_H1K * p.k_H1K * self.r_k[:, None]).sum(-1, keepdim=True) * p.v_H1V
+        y_D = (self.ln_x(y_H1V) + bonus_H1V).flatten(-3)
+        return self.output(y_D * p.g_D)
 
-    def heads(self, x_BTD: Tensor) -> Tensor:
-        """View [B, T, D] as heads [B, T, H, K]."""
-        return x_BTD.unflatten(-1, (-1, self.head_dim))
+    def heads(self, x_D: Tensor) -> Tensor:
+        """View [..., D] as rows [..., H, 1, K]."""
+        return x_D.unflatten(-1, (-1, 1, self.head_dim))
 
 
 class ChannelMix7(Mixer):
@@ -293,15 +294,15 @@ class ChannelMix7(Mixer):
         return self.mix(x_BTD, previous_BTD), state._replace(ffn_shift_BD=last_BD), shared
 
     def step(
-        self, x_B1D: Tensor, state: LayerState7, shared: Shared
+        self, x_1BD: Tensor, state: LayerState7, shared: Shared
     ) -> tuple[Tensor, LayerState7, Shared]:
-        """Mix one token [B, 1, D]."""
-        y_B1D = self.mix(x_B1D, state.ffn_shift_BD[:, None])
-        return y_B1D, state._replace(ffn_shift_BD=x_B1D[:, 0]), shared
+        """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
+        y_1BD = self.mix(x_1BD, state.ffn_shift_BD)
+        return y_1BD, state._replace(ffn_shift_BD=x_1BD), shared
 
-    def mix(self, x_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
-        """Expand the interpolated token, square its positive part, and project back."""
-        x_k = torch.addcmul(x_BTD, previous_BTD - x_BTD, self.x_k)
+    def mix(self, x_D: Tensor, previous_D: Tensor) -> Tensor:
+        """Expand the interpolated token [..., D], square its positive part, and project back."""
+        x_k = torch.addcmul(x_D, previous_D - x_D, self.x_k)
         return self.value(torch.relu(self.key(x_k)).square())
 
 

@@ -28,29 +28,25 @@ def wkv7_reference(
     """Return ``(y_BTHV, state_BHKV)``; every argument already in the state's dtype."""
     outputs = []
     for t in range(v_BTHV.shape[1]):
-        y_BHV, state_BHKV = wkv7_step(
-            r_BTHK[:, t], w_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], a_BTHK[:, t], b_BTHK[:, t],
-            state_BHKV,
-        )  # fmt: skip
-        outputs.append(y_BHV)
+        rows = (x[:, t, :, None] for x in (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
+        y_BH1V, state_BHKV = wkv7_step(*rows, state_BHKV)
+        outputs.append(y_BH1V.squeeze(-2))
     return (torch.stack(outputs, 1) if outputs else v_BTHV), state_BHKV
 
 
 def wkv7_step(
-    r_BHK: Tensor,
-    w_BHK: Tensor,
-    k_BHK: Tensor,
-    v_BHV: Tensor,
-    a_BHK: Tensor,
-    b_BHK: Tensor,
+    r_BH1K: Tensor,
+    w_BH1K: Tensor,
+    k_BH1K: Tensor,
+    v_BH1V: Tensor,
+    a_BH1K: Tensor,
+    b_BH1K: Tensor,
     state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Advance the state by one token and return ``(y_BHV, state_BHKV)``: the body of the loop."""
-    removed_BH1V = a_BHK[..., None, :] @ state_BHKV
-    state_BHKV = (
-        w_BHK.exp()[..., None] * state_BHKV
-        + b_BHK[..., None] * removed_BH1V
-        + k_BHK[..., None] * v_BHV[..., None, :]
-    )
-    y_BH1V = r_BHK[..., None, :] @ state_BHKV
-    return y_BH1V[..., 0, :], state_BHKV
+    """Advance the state by one token and return ``(y_BH1V, state_BHKV)``: the body of the loop.
+
+    Vectors are rows; any number of leading axes. Plain operations only: this is what exports.
+    """
+    removed_BH1V = a_BH1K @ state_BHKV
+    state_BHKV = w_BH1K.exp().mT * state_BHKV + b_BH1K.mT @ removed_BH1V + k_BH1K.mT @ v_BH1V
+    return r_BH1K @ state_BHKV, state_BHKV
