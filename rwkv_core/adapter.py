@@ -7,7 +7,7 @@ torch is not installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +52,9 @@ class ExportSpec:
         outputs: names of the results.
         state: initial value of every state tensor, for a batch of one.
         dynamic: input or state name → {axis: name of the free dimension}.
+        sample: draws inputs to verify with, given a generator and the free dimensions' sizes;
+            None repeats the example's values in random order.
+        sizes: settings of the free dimensions to verify at; empty is the example's and twice that.
         tolerance: largest disagreement allowed, relative to the largest output value.
     """
 
@@ -61,6 +64,8 @@ class ExportSpec:
     outputs: tuple[str, ...]
     state: Arrays = field(default_factory=dict)
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    sample: Callable[[np.random.Generator, Mapping[str, int]], Arrays] | None = None
+    sizes: tuple[Mapping[str, int], ...] = ()
     tolerance: float = 2e-5
 
 

@@ -14,7 +14,7 @@ from rwkv_text.tokenizer import BOUNDARY, tokenizer
 
 __all__ = ["TextBatch", "batches", "documents", "split_documents"]
 
-HELD_OUT = 10  # every tenth document, or the last tenth of a single text
+HELD_OUT = 10  # every tenth document from the first, or the last tenth of a single text
 
 
 class TextBatch(NamedTuple):
@@ -63,7 +63,7 @@ def split_documents(source: str, split: str) -> list[str]:
     texts = list(documents(source).values())
     held_out = split == "eval"
     if len(texts) >= HELD_OUT:
-        return [t for i, t in enumerate(texts) if (i % HELD_OUT == HELD_OUT - 1) is held_out]
+        return [t for i, t in enumerate(texts) if (i % HELD_OUT == 0) is held_out]
     cuts = [len(t) - len(t) // HELD_OUT for t in texts]
     return [t[c:] if held_out else t[:c] for t, c in zip(texts, cuts, strict=True)]
 

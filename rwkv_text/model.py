@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +16,9 @@ from rwkv_core import checkpoint
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.backbone import Backbone
 from rwkv_core.errors import CheckpointError
+from rwkv_core.graphs import SequenceGraph, StepGraph, recurrent_spec
 from rwkv_core.run import TorchRun
-from rwkv_core.state import State, pack, packed_names, unpack
+from rwkv_core.state import State
 from rwkv_text import host
 from rwkv_text.config import TextConfig
 
@@ -113,53 +115,23 @@ class CausalLM(nn.Module):
         }
 
 
-class StepGraph(nn.Module):
-    """One token of each sequence [B, 1] and packed state in; logits [B, V] and state out."""
-
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__()
-        self.model = model
-        self.names = list(packed_names(model.backbone.state_type).values())
-
-    def forward(self, tokens_B1: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
-        """Run the trunk's single-token path."""
-        state = dict(zip(self.names, packed, strict=True))
-        tokens_1B = tokens_B1.mT
-        x_1BD, state = self.model.backbone.step(self.model.emb(tokens_1B), state, tokens_1B)
-        return self.model.head(x_1BD)[0], *state.values()
-
-
-class PrefillGraph(StepGraph):
-    """Any number of tokens [B, T] at once, logits [B, T, V] after each of them."""
-
-    def forward(self, tokens_BT: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
-        """Run the trunk over the sequence."""
-        state = unpack(self.model.backbone.state_type, dict(zip(self.names, packed, strict=True)))
-        x_BTD, state = self.model.backbone(self.model.emb(tokens_BT), state, tokens_BT)
-        return self.model.head(x_BTD), *pack(state).values()
-
-
 def step_spec(model: CausalLM) -> ExportSpec:
-    """Return the recurrent step as a graph to export."""
-    return _spec("step", StepGraph(model), model)
+    """Return the recurrent step as a graph to export: tokens [B, 1] to logits [B, V]."""
+    return _spec("step", StepGraph(model.emb, model.backbone, model.head), model)
 
 
 def prefill_spec(model: CausalLM) -> ExportSpec:
-    """Return the whole-sequence pass as a graph to run in torch."""
-    return _spec("prefill", PrefillGraph(model), model)
+    """Return the whole-sequence pass as a graph to run in torch: [B, T] to [B, T, V]."""
+    return _spec("prefill", SequenceGraph(model.emb, model.backbone, model.head), model)
 
 
-def _spec(name: str, module: nn.Module, model: CausalLM) -> ExportSpec:
-    import numpy as np
+def _spec(name: str, module: StepGraph, model: CausalLM) -> ExportSpec:
+    def sample(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        return {"tokens": rng.integers(model.config.vocab_size, size=(sizes["batch"], 1))}
 
-    state = {n: t.numpy(force=True) for n, t in model.init_state(1).packed().items()}
-    return ExportSpec(
-        name=name,
-        module=module,
-        inputs={"tokens": np.zeros((1, 1), np.int64)},
-        outputs=("logits",),
-        state=state,
-        dynamic={"tokens": {0: "batch"}, **{n: {1: "batch"} for n in state}},
+    tokens = np.zeros((1, 1), np.int64)
+    return recurrent_spec(
+        name, module, inputs={"tokens": tokens}, outputs=("logits",), sample=sample
     )
 
 

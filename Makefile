@@ -1,0 +1,57 @@
+# Every command of the house; `make` alone lists them. Paths are relative, so that a checkout may
+# lie in a folder whose name has spaces.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint bench
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='arguments of the command']"
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo ## install, then train, export, verify and generate on real text
+	$(BIN)/rwkv demo $(ARGS)
+
+test: $(VENV)/.dev ## install, then run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.dev ## the same with the slow tests
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy and codespell
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+bench: $(VENV)/.dev ## run every script of benchmarks/
+	@set -e; found=; for script in benchmarks/[a-z]*.py; do \
+		[ -e "$$script" ] || continue; \
+		found=1; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
+	done; [ -n "$$found" ] || echo "benchmarks/ holds no script"
+
+# What is installed is recorded in a stamp, so that it happens once and again only when
+# pyproject.toml changes. The set `dev` contains the set `demo`.
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(call install,dev)
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(call install,demo)
+	@touch $@
+
+define install
+@echo "Installing rwkv-toolkit[$(1)] into $(VENV); the first time takes minutes and about 5 GB"
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(1)]'
+endef
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Python 3.10 or newer is needed, but $(PYTHON) says: `$(PYTHON) --version 2>&1`" >&2; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

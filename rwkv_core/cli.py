@@ -1,0 +1,323 @@
+"""The command ``rwkv``: one verb a function, everything heavy imported where it is used."""
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rwkv_core import __version__
+from rwkv_core.errors import RWKVError, did_you_mean
+from rwkv_core.registry import ADAPTERS, MIXERS, RECIPES
+
+__all__ = ["main"]
+
+logger = logging.getLogger("rwkv")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that names the nearest verb or flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and how to get help, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, or 2 for an error the message explains."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _log_to_stderr()
+    parser, verbs = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        parser.error(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], verbs)}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        verb = verbs[args.verb]
+        flags = verb._option_string_actions
+        verb.error(f"unknown argument {unknown[0]!r}; {did_you_mean(unknown[0], flags)}")
+    if args.verb is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args) or 0
+    except RWKVError as error:
+        return _fail(str(error))
+    except OSError as error:  # a full disk, a folder that cannot be written
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _log_to_stderr() -> None:
+    """Show this package's log lines, and of other libraries only warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("rwkv", "rwkv_core", "rwkv_text", "rwkv_vision", "rwkv_export"):
+        package = logging.getLogger(name)
+        package.handlers, package.propagate = [handler], False
+        package.setLevel(logging.INFO)
+
+
+def _fail(message: str) -> int:
+    print(f"rwkv: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="rwkv",
+        description="Train RWKV models, export them to ONNX with proof, run them anywhere.",
+        epilog="Begin with: rwkv demo. Then: rwkv train text --data my.txt",
+    )
+    parser.add_argument("--version", action="version", version=f"rwkv-toolkit {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=Parser)
+    verbs: dict[str, Parser] = {}
+
+    def verb(run: Callable[[Any], int | None], summary: str, epilog: str) -> Parser:
+        name = run.__name__.lstrip("_")
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        verbs[name] = sub
+        return sub
+
+    verb(_list, "list mixers, domains and recipes", "Plugins appear here once they are installed.")
+
+    sub = verb(_info, "describe a checkpoint or an exported folder", "example:\n  rwkv info runs/text")
+    sub.add_argument("path", type=Path, help="checkpoint, run or exported folder")
+
+    sub = verb(
+        _train,
+        "train a recipe",
+        "examples:\n"
+        "  rwkv train text --data my.txt\n"
+        "  rwkv train text --data notes/ --set task.dim=512 --set train.lr=6e-4\n"
+        "  rwkv train text --print-config\n"
+        "  rwkv train --resume runs/text",
+    )
+    sub.add_argument("recipe", nargs="?", help="name of a recipe; see rwkv list")
+    sub.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    sub.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run")
+    _add_config_flags(sub)
+    sub.add_argument("--print-config", action="store_true", help="print the run as JSON and stop")
+    sub.add_argument("--threads", type=int, default=0, help="torch threads (default: measured)")
+
+    sub = verb(
+        _eval,
+        "evaluate a checkpoint on held-out data",
+        "example:\n  rwkv eval runs/text --data other.txt",
+    )
+    sub.add_argument("path", type=Path, help="checkpoint or run folder")
+    _add_config_flags(sub)
+
+    sub = verb(
+        _generate,
+        "continue a prompt, with a checkpoint or an exported folder",
+        'example:\n  rwkv generate runs/text --prompt "The" --temperature 0.8 --top-p 0.9',
+    )
+    sub.add_argument("path", type=Path, help="checkpoint, run or exported folder")
+    sub.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    sub.add_argument("--max-tokens", type=int, default=200, help="stop after this many (200)")
+    sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (1.0)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="keep this share of the chances (1.0)")
+    sub.add_argument("--top-k", type=int, default=0, help="keep this many tokens, 0 is all (0)")
+    sub.add_argument("--seed", type=int, help="the same seed writes the same text")
+
+    sub = verb(
+        _export,
+        "write a checkpoint as ONNX and prove it equal",
+        "example:\n  rwkv export runs/text out/\n\n"
+        "The folder appears only if the graphs agree with PyTorch. Where PyTorch is not installed:\n"
+        "  rwkv generate out/",
+    )
+    sub.add_argument("path", type=Path, help="checkpoint or run folder")
+    sub.add_argument("out", type=Path, help="folder to write; must not exist")
+    sub.add_argument(
+        "--steps", type=int, default=4096, help="recurrent steps to compare over (4096)"
+    )
+
+    sub = verb(
+        _demo,
+        "train, export, verify and run a model in about three minutes",
+        "Needs no network: the text is CPython's own language reference.",
+    )
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
+    sub.add_argument("--seconds", type=float, default=95.0, help="aim of the training time (95)")
+    sub.add_argument("--mixer", default="rwkv7", help="RWKV generation (rwkv7)")
+
+    verb(_doctor, "report what is installed and what would be used", "")
+    return parser, verbs
+
+
+def _add_config_flags(sub: Parser) -> None:
+    sub.add_argument("--data", help="the task's data: a file or folder (short for --set task.data)")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="change a field, such as train.lr=3e-4 or task.dim=512; may be repeated",
+    )
+
+
+def _configured(config: Any, args: argparse.Namespace) -> Any:
+    from rwkv_core.config import override
+
+    for assignment in [*([f"task.data={args.data}"] if args.data else []), *args.set]:
+        config = override(config, assignment)
+    return config
+
+
+def _list(args: argparse.Namespace) -> None:
+    for registry in (MIXERS, ADAPTERS, RECIPES):
+        print(f"{registry.kind}s")
+        for name in registry:
+            print(f"  {name:<12} {registry.origin(name)}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    if (args.path / "manifest.json").exists():
+        runtime = importlib.import_module("rwkv_export.runtime").load(args.path)
+        print(f"domain      {runtime.manifest.adapter}")
+        for name, value in runtime.metadata.items():
+            print(f"{name:<11} {value}")
+        for name, graph in runtime.graphs.items():
+            size = (args.path / graph.file).stat().st_size
+            print(f"graph       {name}: {graph.file}, {size:,} bytes, opset {graph.opset}")
+            for tensor in (*graph.inputs, *graph.state):
+                print(f"            {tensor.name} {tensor.dtype}{list(tensor.shape)}")
+        return
+    from rwkv_core import checkpoint
+    from rwkv_core.config import to_dict
+
+    model = checkpoint.load(args.path)
+    print(f"folder      {checkpoint.find(args.path)}")
+    print(f"domain      {model.adapter}")
+    print(f"parameters  {sum(p.numel() for p in model.parameters()):,}")
+    if hasattr(model, "init_state"):
+        packed = model.init_state(1).packed()
+        print(f"state       {sum(t.nbytes for t in packed.values()):,} bytes per sequence")
+    for name, value in to_dict(model.config).items():
+        print(f"{name:<11} {value}")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rwkv_core.config import override
+    from rwkv_core.train import TrainConfig, train
+    from rwkv_core.train.threads import probe_threads
+
+    if args.resume:
+        path = args.resume / "run.json"
+        if not path.is_file():
+            raise RWKVError(f"{args.resume} holds no run to resume: no {path.name}")
+        config, out = TrainConfig.from_dict(json.loads(path.read_text())), args.resume
+    elif args.recipe:
+        config, out = RECIPES[args.recipe](), args.out or Path("runs") / args.recipe
+    else:
+        raise RWKVError(f"which recipe? registered: {', '.join(RECIPES)}")
+    config = _configured(config, args)
+    if args.threads:
+        config = override(config, f"train.threads={args.threads}")
+    if args.print_config:
+        print(json.dumps(config.to_dict(), indent=2))
+        return 0
+    if not config.train.threads:
+        threads, seconds = probe_threads(config)
+        logger.info("%d threads, about %.2f s a step", threads, seconds)
+        config = override(config, f"train.threads={threads}")
+    result = train(config, out, resume=bool(args.resume))
+    for name, value in result.metrics.items():
+        print(f"{name:<16} {value:.4f}")
+    print(f"{'checkpoint':<16} {result.run_dir}")
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from rwkv_core import checkpoint
+    from rwkv_core.train import TrainConfig, evaluate
+
+    model = checkpoint.load(args.path)
+    config = _configured(TrainConfig(adapter=model.adapter, task=model.config), args)
+    for name, value in evaluate(model, config.task).items():
+        print(f"{name:<16} {value:.4f}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if (args.path / "manifest.json").exists():
+        model = importlib.import_module("rwkv_export.runtime").load(args.path)
+    else:
+        from rwkv_core import checkpoint
+
+        model = checkpoint.load(args.path)
+        if not hasattr(model, "generate"):
+            raise RWKVError(f"a model of the domain {model.adapter!r} does not generate text")
+    pieces = model.generate(
+        args.prompt,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stream=True,
+    )
+    print(args.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _export(args: argparse.Namespace) -> None:
+    from rwkv_core import checkpoint
+
+    exporter = importlib.import_module("rwkv_export")
+    steps = [n for n in (1, 16, 256) if n < args.steps] + [args.steps]
+    report = exporter.export(checkpoint.load(args.path), args.out, steps=steps)
+    print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
+
+
+def _demo(args: argparse.Namespace) -> int | None:
+    demo = importlib.import_module("rwkv_export.demo")
+    return demo.run(args.out, seconds=args.seconds, mixer=args.mixer)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"rwkv-toolkit  {__version__}")
+    print(f"Python        {platform.python_version()} on {platform.machine()}")
+    print(f"cores         {os.cpu_count()}")
+    needed = ("torch", "numpy", "safetensors", "timm", "torchvision", "onnx", "onnxscript")
+    optional = ("onnxruntime", "tqdm", "matplotlib", "scikit-learn", "tensorboard")
+    missing = []
+    for name in (*needed, *optional):
+        try:
+            print(f"{name:<13} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:<13} missing")
+            missing.append(name)
+    if "torch" not in missing:
+        import torch
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        print(f"accelerator   {device}")
+        from rwkv_core.ops import wkv7 as package
+
+        impls = importlib.import_module(package.__module__).IMPLS
+        print(f"op wkv7       {', '.join(impls)}; auto is chunked")
+    else:
+        print("Exported folders run without torch; training and export need it.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
