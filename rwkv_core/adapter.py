@@ -80,8 +80,9 @@ class Adapter(Protocol):
         ...
 
     def data(self, config: Any, split: str, *, start: int = 0, seed: int = 0) -> Iterator[Any]:
-        """Yield batches: endless and a pure function of (seed, step) for ``"train"``, beginning at
-        step ``start``; one pass for ``"eval"``.
+        """Yield batches: for ``"train"`` without end, from step ``start``; for ``"eval"`` once.
+
+        A training batch is a function of seed and step alone, so that a run resumes exactly.
         """
         ...
 

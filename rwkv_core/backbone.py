@@ -1,7 +1,7 @@
 """The causal trunk: pre-norm residual blocks of one generation over [B, T, D]."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,8 @@ class Backbone(nn.Module):
         self, batch: int, *, device: Any = None, dtype: torch.dtype = torch.float32
     ) -> tuple[LayerState, ...]:
         """Return every layer's state before the first token."""
-        return tuple(b.time_mix.init_state(batch, device=device, dtype=dtype) for b in self.blocks)
+        mixers = (cast(Block, block).time_mix for block in self.blocks)
+        return tuple(mixer.init_state(batch, device=device, dtype=dtype) for mixer in mixers)
 
     def forward(
         self,
@@ -119,7 +120,7 @@ class Backbone(nn.Module):
         kind = self.state_type
         rows = zip(*(packed[name].split(1) for name in packed_names(kind).values()), strict=True)
         for block, row in zip(self.blocks, rows, strict=True):
-            x_1BD, layer_state, shared = block.step(x_1BD, kind(*row), shared)
+            x_1BD, layer_state, shared = cast(Block, block).step(x_1BD, kind(*row), shared)
             after.append(layer_state)
         columns = zip(packed_names(kind).values(), zip(*after, strict=True), strict=True)
         return self.ln_out(x_1BD), {name: torch.cat(column) for name, column in columns}

@@ -22,8 +22,14 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def build(adapter: str, config: Any) -> nn.Module:
-    """Return a new model of a registered domain that knows its domain and configuration."""
-    return _tag(ADAPTERS[adapter].build(config), adapter, config)
+    """Return a new model of a registered domain that knows its domain and configuration.
+
+    A domain may complete the configuration from its data (such as the names of classes); then
+    ``model.config`` is the complete one, and that is what checkpoints hold.
+    """
+    model = ADAPTERS[adapter].build(config)
+    complete = getattr(model, "config", None)
+    return _tag(model, adapter, complete if isinstance(complete, type(config)) else config)
 
 
 def save(model: nn.Module, folder: str | Path, extra: dict[str, bytes] | None = None) -> Path:

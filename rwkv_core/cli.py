@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except RWKVError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = None
+        return 0
     except OSError as error:  # a full disk, a folder that cannot be written
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
@@ -92,7 +95,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
     verb(_list, "list mixers, domains and recipes", "Plugins appear here once they are installed.")
 
-    sub = verb(_info, "describe a checkpoint or an exported folder", "example:\n  rwkv info runs/text")
+    sub = verb(
+        _info, "describe a checkpoint or an exported folder", "example:\n  rwkv info runs/text"
+    )
     sub.add_argument("path", type=Path, help="checkpoint, run or exported folder")
 
     sub = verb(
@@ -128,7 +133,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     sub.add_argument("--max-tokens", type=int, default=200, help="stop after this many (200)")
     sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (1.0)")
-    sub.add_argument("--top-p", type=float, default=1.0, help="keep this share of the chances (1.0)")
+    sub.add_argument(
+        "--top-p", type=float, default=1.0, help="keep this share of the chances (1.0)"
+    )
     sub.add_argument("--top-k", type=int, default=0, help="keep this many tokens, 0 is all (0)")
     sub.add_argument("--seed", type=int, help="the same seed writes the same text")
 
@@ -136,7 +143,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         _export,
         "write a checkpoint as ONNX and prove it equal",
         "example:\n  rwkv export runs/text out/\n\n"
-        "The folder appears only if the graphs agree with PyTorch. Where PyTorch is not installed:\n"
+        "The folder appears only if its graphs agree with PyTorch. Without PyTorch it runs by:\n"
         "  rwkv generate out/",
     )
     sub.add_argument("path", type=Path, help="checkpoint or run folder")
@@ -199,7 +206,7 @@ def _info(args: argparse.Namespace) -> None:
     from rwkv_core import checkpoint
     from rwkv_core.config import to_dict
 
-    model = checkpoint.load(args.path)
+    model: Any = checkpoint.load(args.path)
     print(f"folder      {checkpoint.find(args.path)}")
     print(f"domain      {model.adapter}")
     print(f"parameters  {sum(p.numel() for p in model.parameters()):,}")
@@ -245,7 +252,7 @@ def _eval(args: argparse.Namespace) -> None:
     from rwkv_core import checkpoint
     from rwkv_core.train import TrainConfig, evaluate
 
-    model = checkpoint.load(args.path)
+    model: Any = checkpoint.load(args.path)
     config = _configured(TrainConfig(adapter=model.adapter, task=model.config), args)
     for name, value in evaluate(model, config.task).items():
         print(f"{name:<16} {value:.4f}")

@@ -68,7 +68,7 @@ class Registry(Mapping[str, T], Generic[T]):
                     f"{type(error).__name__}: {error}"
                 ) from error
             self._entries[name] = entry
-        return cast(T, entry)
+        return entry
 
     def __contains__(self, name: object) -> bool:
         if name not in self._entries:

@@ -86,7 +86,7 @@ class State:
         try:
             with safe_open(path, "pt") as file:
                 info = json.loads((file.metadata() or {})["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, OSError) as error:
             raise CheckpointError(f"{path} is not a saved state: {error}") from error
         if info["model"] != self.model:

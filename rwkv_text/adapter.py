@@ -53,10 +53,12 @@ class TextAdapter:
         The regulariser adds 0.5e-4 · mean(max logit²): the gradient of its L2Wrap, in a form that
         also scales with accumulation. The sums leave it out.
         """
+        import torch
         import torch.nn.functional as F
 
         inputs, targets = batch.tokens_BT[:, :-1], batch.tokens_BT[:, 1:]
-        nats, hold, state = 0.0, 0.0, None
+        nats, hold = torch.zeros(()), torch.zeros(())
+        state = None
         for at in range(0, inputs.shape[1], SEGMENT):
             out = model(inputs[:, at : at + SEGMENT], state)
             state = out.state
@@ -64,7 +66,11 @@ class TextAdapter:
             nats = nats + F.cross_entropy(out.logits_BTV.flatten(0, 1), target, reduction="sum")
             hold = hold + out.logits_BTV.amax(-1).square().sum()
         n = targets.numel()
-        sums = {"nats": nats.detach(), "tokens": float(n), "bytes": float(batch.n_bytes)}
+        sums: dict[str, torch.Tensor | float] = {
+            "nats": nats.detach(),
+            "tokens": float(n),
+            "bytes": float(batch.n_bytes),
+        }
         return (nats + 0.5e-4 * hold) / n, sums
 
     def metrics(self, config: TextConfig, sums: Mapping[str, float]) -> dict[str, float]:

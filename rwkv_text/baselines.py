@@ -18,8 +18,8 @@ def ngram_bits_per_byte(train: Sequence[str], held_out: Sequence[str], order: in
     """Return the cost of ``held_out`` under an interpolated byte n-gram model of ``train``.
 
     Each order n backs off to n - 1 with the weight of Witten and Bell: the number of different
-    bytes seen after a context over that number plus the context's count. Below order 1 every byte is
-    as likely as any other. Each text begins and ends with a zero byte.
+    bytes seen after a context over that number plus the context's count. Below order 1 every byte
+    is as likely as any other. Each text begins and ends with a zero byte.
     """
     follow: list[dict[bytes, Counter[int]]] = [{} for _ in range(order)]
     for text in train:

@@ -36,7 +36,9 @@ def documents(source: str) -> dict[str, str]:
         return dict(sorted(topics.items()))
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{path} does not exist; expected a text file, a folder of them, or 'pydoc'")
+        raise DataError(
+            f"{path} does not exist; expected a text file, a folder of them, or 'pydoc'"
+        )
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no .txt file")

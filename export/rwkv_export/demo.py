@@ -77,14 +77,14 @@ def run(out: Path, *, seconds: float = 95.0, mixer: str = "rwkv7") -> None:
         raise RWKVError("the exported model wrote another text than PyTorch")
     (out / "sample.txt").write_text(PROMPT + text + "\n")
 
-    held_out = split_documents(config.task.data, "eval")
+    learned, held_out = (split_documents(config.task.data, split) for split in ("train", "eval"))
     n_tokens = max(len(text.encode()), 1)
     table = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "training": f"{result.seconds:.0f} s, {steps} steps, {threads} threads",
         "held-out bits/byte": f"{result.metrics['bits_per_byte']:.3f}",
         "  xz -9e": f"{xz_bits_per_byte(held_out):.3f}",
-        "  5-gram": f"{ngram_bits_per_byte(split_documents(config.task.data, 'train'), held_out):.3f}",
+        "  5-gram": f"{ngram_bits_per_byte(learned, held_out):.3f}",
         "export": f"{report.bytes / 1e6:.1f} MB, {sum(report.nodes.values())} nodes",
         "worst disagreement": f"{report.worst:.1e} of the largest logit",
         "tokens/s PyTorch": f"{n_tokens / torch_seconds:.0f}",

@@ -43,12 +43,11 @@ class GraphInfo:
 
     def initial_state(self, batch: int) -> dict[str, np.ndarray]:
         """Return the state before the first token, for ``batch`` sequences."""
-        return {
-            t.name: np.full(
-                [batch if d == "batch" else d for d in t.shape], t.initial, np.dtype(t.dtype)
-            )
-            for t in self.state
-        }
+        state = {}
+        for t in self.state:
+            shape = [batch if isinstance(size, str) else size for size in t.shape]
+            state[t.name] = np.full(shape, t.initial, np.dtype(t.dtype))
+        return state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_core.adapter import Arrays
 from rwkv_core.errors import ExportError
 from rwkv_core.registry import ADAPTERS
 from rwkv_export.manifest import Manifest, sha256
@@ -45,12 +46,12 @@ class Runtime:
                     "manifest's; export the model again"
                 )
 
-    def __call__(self, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
         """Return the outputs of ``graph``, state tensors under their input names."""
         info = self.graphs[graph]
         state = [t.name for t in info.state]
         wanted = [*info.outputs, *(f"{name}_out" for name in state)]
-        results = self._session(graph).run(wanted, inputs)
+        results = self._session(graph).run(wanted, dict(inputs))
         return dict(zip([*info.outputs, *state], results, strict=True))
 
     def initial_state(self, graph: str, batch: int) -> dict[str, np.ndarray]:
@@ -69,7 +70,9 @@ class Runtime:
         Further settings are the domain's, for text those of :func:`rwkv_text.host.generate`.
         """
         if not hasattr(self._adapter, "generate"):
-            raise ExportError(f"the domain {self.manifest.adapter!r} does not generate; use predict")
+            raise ExportError(
+                f"the domain {self.manifest.adapter!r} does not generate; use predict"
+            )
         pieces = self._adapter.generate(self, prompt, **settings)
         return pieces if stream else "".join(pieces)
 

@@ -38,15 +38,23 @@ class Mixer(nn.Module):
     same for one token of each sequence, in plain operations that export), ``reset_parameters`` and,
     when its learning rates differ, ``lr_scales``. A time mixer also owns ``init_state``.
 
-    A step works time first: its token is [1, B, D], and its state tensors [1, B, ...] are one row of
-    the states of all layers [L, B, ...]. So nothing is squeezed or stacked on the way, which is a
-    fifth of the nodes of an exported graph.
+    A step works time first: its token is [1, B, D], and its state tensors [1, B, ...] are one row
+    of the states of all layers [L, B, ...]. So nothing is squeezed or stacked on the way, which is
+    a fifth of the nodes of an exported graph.
     """
 
     causal: ClassVar[bool] = True
     exportable: ClassVar[bool] = True
     lr_scales: ClassVar[Mapping[str, float]] = {}
-    state_type: ClassVar[type] = tuple
+    state_type: ClassVar[Any] = tuple
+
+    def init_state(self, batch: int, *, device: Any = None, dtype: Any = torch.float32) -> Any:
+        """Return one layer's state before the first token; a time mixer's to implement."""
+        raise NotImplementedError
+
+    def step(self, x_1BD: Tensor, state: Any, shared: Shared) -> tuple[Tensor, Any, Shared]:
+        """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Initialise every parameter; the docstring is a table parameter → law."""

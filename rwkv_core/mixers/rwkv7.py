@@ -7,7 +7,7 @@ RWKV-v7/train_temp/src/model.py. Parameter names are theirs.
     x, x⁻    token and its predecessor                 [B, T, D]      token shift
     x_□      x + (x⁻ - x)·x_□                          [B, T, D]      □ in r w k v a g
     r k v    receptance, key, value                    [B, T, H, K]   linear maps of x_r x_k x_v
-    w        log-decay, in (-0.6065, 0)                [B, T, H, K]   -e^(-1/2) σ(w0 + tanh(x_w w1) w2)
+    w        log-decay, in (-0.6065, 0)                [B, T, H, K]   σ(w0 + tanh(x_w w1) w2)·-e^-½
     α        in-context learning rate, in (0, 1)       [B, T, H, K]   σ(a0 + (x_a a1) a2)
     ν        share of the first layer's value          [B, T, D]      σ(v0 + (x_v v1) v2)
     g        gate                                      [B, T, D]      σ(x_g g1) g2
@@ -205,7 +205,8 @@ class TimeMix7(Mixer):
         mixed = torch.addcmul(x_1BD, state.att_shift_BD - x_1BD, mix_6D).split(1)
         p, shared = self.project(mixed, shared)
         wkv_BHKV = state.wkv_BHKV
-        y_1BH1V, wkv_BHKV = wkv7_step(*(i.to(wkv_BHKV.dtype) for i in p[:6]), wkv_BHKV)
+        r, w, k, v, a, b = (row.to(wkv_BHKV.dtype) for row in p[:6])
+        y_1BH1V, wkv_BHKV = wkv7_step(r, w, k, v, a, b, wkv_BHKV)
         state = state._replace(att_shift_BD=x_1BD, wkv_BHKV=wkv_BHKV)
         return self.finish(y_1BH1V.to(x_1BD.dtype), p), state, shared
 
@@ -213,9 +214,7 @@ class TimeMix7(Mixer):
         """Return the share of the previous token in each of the six inputs [6, D]."""
         return torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
 
-    def project(
-        self, mixed: Sequence[Tensor], shared: Shared
-    ) -> tuple[Projections7, Shared]:
+    def project(self, mixed: Sequence[Tensor], shared: Shared) -> tuple[Projections7, Shared]:
         """Compute what the recurrence reads from the six shifted inputs [..., D] (r w k v a g)."""
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
         # decay and unit keys in fp32: half precision has too few digits near 1
@@ -240,7 +239,8 @@ class TimeMix7(Mixer):
 
     def recurrence(self, p: Projections7, wkv_BHKV: Tensor) -> WKVOutput:
         """Run the op over the sequence."""
-        return wkv7(*(x.squeeze(-2) for x in p[:6]), wkv_BHKV, impl=self.impl)
+        r, w, k, v, a, b = (row.squeeze(-2) for row in p[:6])
+        return wkv7(r, w, k, v, a, b, wkv_BHKV, impl=self.impl)
 
     def finish(self, y_H1V: Tensor, p: Projections7) -> Tensor:
         """Normalise each head, add the bonus of the current token, gate, and project out."""

@@ -1,5 +1,6 @@
 """The training loop: any registered domain, exact resume, and nothing lost when it is stopped."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -64,15 +65,16 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             f"{run_dir} holds a run already; resume it with --resume {run_dir}, or choose another "
             "folder"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run_dir / RUN_CONFIG) as file:
-        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
     adapter = ADAPTERS[config.adapter]
     torch.manual_seed(settings.seed)
     model = checkpoint.build(config.adapter, config.task).train()
+    config = dataclasses.replace(config, task=model.config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_file(run_dir / RUN_CONFIG) as file:
+        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     optim = optimizer(model, settings)
     step = _restore(run_dir, model, optim) if resume else 0
     batches = adapter.data(config.task, "train", start=step, seed=settings.seed)

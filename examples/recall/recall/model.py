@@ -22,5 +22,8 @@ class RecallModel(nn.Module):
         def sample(rng, sizes):
             return {"tokens": rng.integers(24, size=(sizes["batch"], 1))}
 
-        step, first = StepGraph(self.emb, self.backbone, self.head), {"tokens": np.zeros((1, 1), int)}
+        step, first = (
+            StepGraph(self.emb, self.backbone, self.head),
+            {"tokens": np.zeros((1, 1), int)},
+        )
         return recurrent_spec("step", step, inputs=first, outputs=("logits",), sample=sample)

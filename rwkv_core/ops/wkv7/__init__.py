@@ -51,7 +51,7 @@ def wkv7(
         state_BHKV = v_BTHV.new_zeros(B, H, K, V, dtype=dtype)
     elif state_BHKV.shape != (B, H, K, V):
         raise ValueError(
-            f"wkv7: state has shape {tuple(state_BHKV.shape)}, expected [B, H, K, V] = {(B, H, K, V)}"
+            f"wkv7: state has shape {tuple(state_BHKV.shape)}, expected {(B, H, K, V)} [B, H, K, V]"
         )
     run = IMPLS.get("chunked" if impl == "auto" else impl)
     if run is None:

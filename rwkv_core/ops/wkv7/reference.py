@@ -28,8 +28,8 @@ def wkv7_reference(
     """Return ``(y_BTHV, state_BHKV)``; every argument already in the state's dtype."""
     outputs = []
     for t in range(v_BTHV.shape[1]):
-        rows = (x[:, t, :, None] for x in (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
-        y_BH1V, state_BHKV = wkv7_step(*rows, state_BHKV)
+        r, w, k, a, b = (x[:, t, :, None] for x in (r_BTHK, w_BTHK, k_BTHK, a_BTHK, b_BTHK))
+        y_BH1V, state_BHKV = wkv7_step(r, w, k, v_BTHV[:, t, :, None], a, b, state_BHKV)
         outputs.append(y_BH1V.squeeze(-2))
     return (torch.stack(outputs, 1) if outputs else v_BTHV), state_BHKV
 
@@ -45,7 +45,8 @@ def wkv7_step(
 ) -> tuple[Tensor, Tensor]:
     """Advance the state by one token and return ``(y_BH1V, state_BHKV)``: the body of the loop.
 
-    Vectors are rows; any number of leading axes. Plain operations only: this is what exports.
+    Vectors are rows, in the state's dtype; any number of leading axes. Plain operations only: this
+    is what exports.
     """
     removed_BH1V = a_BH1K @ state_BHKV
     state_BHKV = w_BH1K.exp().mT * state_BHKV + b_BH1K.mT @ removed_BH1V + k_BH1K.mT @ v_BH1V
