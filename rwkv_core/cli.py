@@ -157,8 +157,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "train, export, verify and run a model in about three minutes",
         "Needs no network: the text is CPython's own language reference.",
     )
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
-    sub.add_argument("--seconds", type=float, default=95.0, help="aim of the training time (95)")
+    sub.add_argument(
+        "--out", type=Path, help="folder (the first free of runs/demo, runs/demo-2, …)"
+    )
+    sub.add_argument("--seconds", type=float, default=85.0, help="aim of the training time (85)")
     sub.add_argument("--mixer", default="rwkv7", help="RWKV generation (rwkv7)")
 
     verb(_doctor, "report what is installed and what would be used", "")
@@ -293,7 +295,11 @@ def _export(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> int | None:
     demo = importlib.import_module("rwkv_export.demo")
-    return demo.run(args.out, seconds=args.seconds, mixer=args.mixer)
+    out, n = args.out or Path("runs/demo"), 1
+    while args.out is None and out.exists():
+        n += 1
+        out = Path(f"runs/demo-{n}")
+    return demo.run(out, seconds=args.seconds, mixer=args.mixer)
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -73,12 +73,12 @@ def check_op(
     grads = torch.autograd.grad(total, ours, allow_unused=True)  # type: ignore[arg-type]
     total = sum((e * w).sum() for e, w in zip(expected, weights, strict=True))
     grads_e = torch.autograd.grad(total, truth, allow_unused=True)  # type: ignore[arg-type]
-    largest = max((e.abs().max() for e in grads_e if e is not None and e.numel()), default=None)
+    largest = max(float(e.abs().max()) for e in grads_e if e is not None and e.numel())
     for i, (g, e) in enumerate(zip(grads, grads_e, strict=True)):
         assert (g is None) == (e is None), f"gradient of input {i}: only one side has it"
         if g is not None:
             # a gradient that is zero in truth may be off by a rounding of the others
-            error = relative_error(g, e) if e.any() else float(g.abs().max() / largest)
+            error = relative_error(g, e) if e.any() else float(g.abs().max()) / largest
             assert error <= gradient_bound, (
                 f"gradient of input {i} is off by {error:.2g} (bound {gradient_bound:g})"
             )
@@ -188,7 +188,7 @@ def check_adapter(name: str, config: Any = None, *, steps: int = 8, onnx: bool =
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optim.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert all(torch.isfinite(torch.tensor(losses))), f"losses {losses}"
     assert losses[-1] < losses[0], f"the loss does not fall on one fixed batch: {losses}"
     figures = adapter.metrics(config, {n: float(v) for n, v in sums.items()})

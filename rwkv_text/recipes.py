@@ -22,7 +22,7 @@ def pydoc() -> TrainConfig:
     return TrainConfig(
         adapter="text",
         task=TextConfig(
-            dim=128, depth=4, context=256, batch_size=16, mixer_options={"head_dim": 32}
+            dim=128, depth=4, context=256, batch_size=8, mixer_options={"head_dim": 32}
         ),
         train=TrainSettings(steps=200, lr=4e-3, lr_final=1e-5, warmup_steps=10, weight_decay=0.1),
     )

@@ -109,13 +109,21 @@ def test_an_existing_folder_is_not_overwritten(saved):
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path):
-    with pytest.raises(OSError, match="No space left"), atomic_folder(tmp_path / "new") as folder:
-        (folder / "half").write_text("half")
-        raise OSError(28, "No space left on device")
+    def folder_that_fills_the_disk():
+        with atomic_folder(tmp_path / "new") as folder:
+            (folder / "half").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    def interrupted_file():
+        with atomic_file(target) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(target) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
+    with pytest.raises(OSError, match="No space left"):
+        folder_that_fills_the_disk()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_file()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert target.read_text() == "old"

@@ -173,3 +173,12 @@ def test_the_probe_leaves_the_threads_alone(config):
     assert 1 <= threads <= os.cpu_count()
     assert 0 < seconds < 10
     assert torch.get_num_threads() == 1
+
+
+def test_a_run_out_of_time_ends_with_evaluation_and_checkpoint(config, tmp_path):
+    settings = replace(config.train, steps=10_000, eval_every=0, max_seconds=1.0)
+    result = train(replace(config, train=settings), tmp_path / "run")
+    assert 1 < result.step < 10_000
+    assert result.stopped_by is None
+    assert result.metrics["bits_per_byte"] > 0
+    assert checkpoint.find(tmp_path / "run").name == f"step-{result.step:07d}"

@@ -25,6 +25,7 @@ class TrainSettings:
         seed: of initialisation, data order and dropout.
         log_every, eval_every, checkpoint_every: in steps; 0 is never (the end always counts).
         threads: of torch; 0 keeps torch's own choice.
+        max_seconds: stop after this long, with a checkpoint, wherever the run is; 0 is never.
     """
 
     steps: int = 1000
@@ -41,6 +42,7 @@ class TrainSettings:
     eval_every: int = 0
     checkpoint_every: int = 200
     threads: int = 0
+    max_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "grad_clip", "log_every"):

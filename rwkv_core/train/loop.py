@@ -1,6 +1,7 @@
 """The training loop: any registered domain, exact resume, and nothing lost when it is stopped."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -72,12 +73,13 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     torch.manual_seed(settings.seed)
     model = checkpoint.build(config.adapter, config.task).train()
     config = dataclasses.replace(config, task=model.config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run_dir / RUN_CONFIG) as file:
-        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     optim = optimizer(model, settings)
     step = _restore(run_dir, model, optim) if resume else 0
     batches = adapter.data(config.task, "train", start=step, seed=settings.seed)
+    # data that cannot be used shows here, before anything is written
+    batches = itertools.chain([next(batches)], batches)
+    with atomic_file(run_dir / RUN_CONFIG) as file:
+        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     rng = torch.Generator()
     sink, console = JsonlSink(run_dir, step), Console(settings.steps, step)
     metrics: dict[str, float] = {}
@@ -86,7 +88,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
         _save(run_dir, model, optim, 0)
 
     with _stop_signals() as stop:
-        while step < settings.steps and not stop:
+        last = step >= settings.steps
+        while not (last or stop):
             # every step is seeded by its number: resuming needs no generator's state
             rng.manual_seed(settings.seed + step)
             torch.manual_seed(settings.seed + step)
@@ -107,7 +110,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             step += 1
             console.step()
 
-            last = step == settings.steps
+            out_of_time = 0 < settings.max_seconds < time.monotonic() - began
+            last = step == settings.steps or out_of_time
             row: dict[str, Any] = {}
             if step % settings.log_every == 0 or step == 1 or last:
                 figures = adapter.metrics(config.task, _floats(sums))
@@ -124,6 +128,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                 _save(run_dir, model, optim, step)
     console.close()
     plot_losses(run_dir)
+    if step < settings.steps and not stop:
+        logger.info("out of time (train.max_seconds) after step %d", step)
     if stop:
         logger.info("stopped by %s after step %d; checkpoint written", stop[0].name, step)
     seconds = time.monotonic() - began

@@ -1,6 +1,7 @@
 """How many threads to train with: measured, because small operations often run best on one."""
 
 import os
+import statistics
 import time
 
 import torch
@@ -8,8 +9,11 @@ import torch
 from rwkv_core import checkpoint
 from rwkv_core.registry import ADAPTERS
 from rwkv_core.train.config import TrainConfig
+from rwkv_core.train.optim import optimizer
 
 __all__ = ["probe_threads"]
+
+N_ROUNDS = 5
 
 
 def probe_threads(config: TrainConfig) -> tuple[int, float]:
@@ -21,18 +25,21 @@ def probe_threads(config: TrainConfig) -> tuple[int, float]:
     model = checkpoint.build(config.adapter, config.task).train()
     batches = adapter.data(config.task, "train", seed=config.train.seed)
     rng = torch.Generator()
+    optim = optimizer(model, config.train)
     before = torch.get_num_threads()
-    best: dict[int, float] = {}
+    seconds: dict[int, list[float]] = {threads: [] for threads in (1, os.cpu_count() or 1)}
     try:
-        # interleaved, so that a busy moment does not decide
-        for _ in range(3):
-            for threads in {1, os.cpu_count() or 1}:
+        # interleaved, so that a busy moment does not decide; the first round only warms up
+        for _ in range(1 + N_ROUNDS):
+            for threads, times in seconds.items():
                 torch.set_num_threads(threads)
                 began = time.perf_counter()
+                optim.zero_grad(set_to_none=True)
                 adapter.loss(model, next(batches), rng)[0].backward()
-                seconds = time.perf_counter() - began
-                best[threads] = min(seconds, best.get(threads, seconds))
+                optim.step()
+                times.append(time.perf_counter() - began)
     finally:
         torch.set_num_threads(before)
-    threads = min(best, key=lambda n: best[n])
-    return threads, best[threads]
+    medians = {threads: statistics.median(times[1:]) for threads, times in seconds.items()}
+    fastest = min(medians, key=lambda threads: medians[threads])
+    return fastest, medians[fastest]

@@ -16,7 +16,7 @@ class RecallConfig:
     depth: int = 2
     mixer: str = "rwkv7"
     mixer_options: dict = field(default_factory=lambda: {"head_dim": 16})
-    events: int = 32
+    events: int = 48
     batch_size: int = 64
 
 
@@ -84,6 +84,6 @@ adapter = RecallAdapter()
 
 
 def recipe():
-    """``rwkv train recall``: accuracy 1.00 after 120 steps, 13 s on one core."""
-    train = TrainSettings(steps=120, lr=4e-3, lr_final=1e-6, warmup_steps=0, weight_decay=0.1)
+    """``rwkv train recall``: accuracy 0.99 or more after 120 steps, 20 s on one core."""
+    train = TrainSettings(steps=120, lr=5e-3, lr_final=1e-6, warmup_steps=0, weight_decay=0.1)
     return TrainConfig(adapter="recall", task=RecallConfig(), train=train)

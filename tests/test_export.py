@@ -1,0 +1,253 @@
+"""The exported folder: proven, clean, safe, and run without torch."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import rwkv_export
+import torch
+from rwkv_export.onnx import nodes_per_op
+
+from rwkv_core import checkpoint
+from rwkv_core.errors import ExportError
+from rwkv_core.run import TorchRun
+from rwkv_core.testing import perturb
+from rwkv_text import TextConfig
+
+DEPTH = 3
+SETTINGS = {"max_tokens": 60, "temperature": 0.8, "top_p": 0.9, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = TextConfig(dim=64, depth=DEPTH, mixer_options={"head_dim": 32})
+    model = checkpoint.build("text", config)
+    perturb(model, 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "out"
+    report = rwkv_export.export(model, folder, steps=(1, 16, 256))
+    return report, folder
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    return shutil.copytree(exported[1], tmp_path / "copy")
+
+
+def test_the_report_covers_outputs_states_steps_and_batches(exported):
+    report, folder = exported
+    rows = json.loads((folder / "parity.json").read_text())["graphs"]["step"]
+    assert [(r["batch"], r["step"]) for r in rows] == [(1, 1), (1, 16), (1, 256), (3, 1), (3, 16)]
+    for row in rows:
+        assert set(row["errors"]) == {"logits", "att_shift", "wkv", "ffn_shift"}
+        assert all(error <= 2e-5 for error in row["errors"].values())
+    assert report.worst == max(max(r["errors"].values()) for r in rows) > 0
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", "parity.json", "step.onnx"}
+
+
+def test_the_graph_is_small_clean_and_its_batch_free(exported):
+    _, folder = exported
+    graph = onnx.load(folder / "step.onnx")
+    assert sum(nodes_per_op(graph).values()) / DEPTH <= 80
+    content = (folder / "step.onnx").read_bytes()
+    for trace in (b"/home/", b"/root/", b"/work/", b"/tmp/", b"site-packages", b".py"):
+        assert trace not in content, trace
+    for value in graph.graph.input:
+        axis = 0 if value.name == "tokens" else 1
+        assert value.type.tensor_type.shape.dim[axis].dim_param == "batch"
+    assert {o.domain: o.version for o in graph.opset_import} == {"": 20}
+
+
+def test_states_are_written_last_so_that_buffers_may_be_shared(exported, model):
+    """Bind past and present to one buffer, as aliasing hosts do, and lose nothing."""
+    import onnxruntime
+
+    _, folder = exported
+    runtime = rwkv_export.load(folder)
+    session = onnxruntime.InferenceSession(folder / "step.onnx")
+    shared = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        for name, array in runtime.initial_state("step", 1).items()
+    }
+    expected = runtime.initial_state("step", 1)
+    for token in (7, 7, 30, 200, 1):
+        tokens = np.array([[token]], np.int64)
+        binding = session.io_binding()
+        binding.bind_cpu_input("tokens", tokens)
+        binding.bind_output("logits")
+        for name, value in shared.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(f"{name}_out", value)
+        session.run_with_iobinding(binding)
+        expected = runtime("step", {"tokens": tokens, **expected})
+        np.testing.assert_array_equal(binding.get_outputs()[0].numpy(), expected.pop("logits"))
+    for name, value in shared.items():
+        np.testing.assert_array_equal(value.numpy(), expected[name])
+
+
+def test_manifest_describes_the_graph_as_it_is(exported):
+    _, folder = exported
+    manifest = json.loads((folder / "manifest.json").read_text())
+    step = manifest["graphs"]["step"]
+    graph = onnx.load(folder / "step.onnx").graph
+    names = [t["name"] for t in step["inputs"] + step["state"]]
+    assert names == [i.name for i in graph.input]
+    outs = [*step["outputs"], *(f"{t['name']}_out" for t in step["state"])]
+    assert outs == [o.name for o in graph.output]
+    for described, value in zip(step["inputs"] + step["state"], graph.input, strict=True):
+        dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        assert described["shape"] == dims
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        assert described["dtype"] == dtype.name
+    assert manifest["metadata"]["tokenizer"] == "bytes"
+    assert set(manifest["metadata"]) == {"tokenizer", "vocab_size", "model"}
+
+
+def test_runtime_writes_the_same_text_where_torch_does_not_exist(exported, model, run_python):
+    _, folder = exported
+    expected = model.generate("The ", **SETTINGS)
+    code = f"""
+import importlib.util, sys
+assert importlib.util.find_spec("torch") is None
+import rwkv_export
+runtime = rwkv_export.load({str(folder)!r})
+text = runtime.generate("The ", **{SETTINGS!r})
+assert "".join(runtime.generate("The ", stream=True, **{SETTINGS!r})) == text
+heavy = {{"torch", "timm", "torchvision", "onnx", "onnxscript"}} & set(sys.modules)
+assert not heavy, heavy
+print(ascii(text))
+"""
+    assert run_python(code, block=("torch", "timm", "torchvision", "onnx")).strip() == ascii(
+        expected
+    )
+
+
+def test_predict_is_one_code_for_both(exported, model):
+    _, folder = exported
+    from rwkv_text.adapter import adapter
+
+    tokens = [0, *b"some text"]
+    ours = TorchRun(model, adapter.exports(model), adapter.metadata(model))
+    np.testing.assert_allclose(
+        rwkv_export.load(folder).predict(tokens), adapter.predict(ours, tokens), atol=2e-5
+    )
+    with pytest.raises(ValueError, match="token id 256 is outside the vocabulary of 256"):
+        rwkv_export.load(folder).predict([256])
+
+
+def test_drift_is_refused_and_nothing_written(model, tmp_path, monkeypatch):
+    real = TorchRun.__call__
+
+    def drifting(self, graph, inputs):
+        out = real(self, graph, inputs)
+        out["wkv"] = out["wkv"] + 1e-3
+        return out
+
+    monkeypatch.setattr(TorchRun, "__call__", drifting)
+    with pytest.raises(ExportError, match=r"'step' disagrees with PyTorch: 'wkv' differs by"):
+        rwkv_export.export(model, tmp_path / "out", steps=(1,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_weights_are_refused(model, tmp_path):
+    import copy
+
+    spoiled = copy.deepcopy(model)
+    with torch.no_grad():
+        spoiled.backbone.blocks[1].time_mix.w0[3] = float("nan")
+    with pytest.raises(ExportError, match="disagrees with PyTorch"):
+        rwkv_export.export(spoiled, tmp_path / "out", steps=(1,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mixer_that_does_not_export_says_so_before_it_starts(model, tmp_path, monkeypatch):
+    mixer = model.backbone.blocks[1].time_mix
+    monkeypatch.setattr(type(mixer), "exportable", False)
+    with pytest.raises(
+        ExportError, match=r"backbone.blocks.0.time_mix \(TimeMix7\) does not export"
+    ):
+        rwkv_export.export(model, tmp_path / "out")
+
+
+def test_an_operation_without_translation_is_named(model, tmp_path, monkeypatch):
+    mixer = type(model.backbone.blocks[0].channel_mix)
+
+    def with_bessel(self, x, previous):
+        return torch.special.bessel_j0(x) + previous
+
+    monkeypatch.setattr(mixer, "mix", with_bessel)
+    with pytest.raises(ExportError, match=r"graph 'step' cannot be written as ONNX: .*bessel_j0"):
+        rwkv_export.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_and_one_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match="exists already"):
+        rwkv_export.export(model, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        rwkv_export.export(model, tmp_path / "file" / "out")
+
+
+def test_an_edited_or_incomplete_folder_is_refused(copied):
+    graph = copied / "step.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(ExportError, match="is not the file that was exported"):
+        rwkv_export.load(copied)
+    graph.unlink()
+    with pytest.raises(ExportError, match=r"lacks the file 'step.onnx'"):
+        rwkv_export.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda m: m.update(format=99), "has format 99; this version reads 1"),
+        (lambda m: m.pop("graphs"), "does not describe an exported model: KeyError"),
+        (
+            lambda m: m["graphs"]["step"].update(file="../step.onnx"),
+            r"lacks the file '../step.onnx'",
+        ),
+        (
+            lambda m: m["graphs"]["step"]["state"][0].update(dtype="object("),
+            "does not describe an exported model",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_refused(copied, change, error):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    change(manifest)
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=error):
+        rwkv_export.load(copied)
+
+
+def test_a_folder_that_is_no_export(tmp_path):
+    with pytest.raises(ExportError, match=r"is not an exported model: no manifest.json"):
+        rwkv_export.load(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ExportError, match="does not describe an exported model"):
+        rwkv_export.load(tmp_path)
+
+
+def test_two_exports_in_one_process_are_the_same_file(model, exported, tmp_path):
+    rwkv_export.export(model, tmp_path / "again", steps=(1,))
+    assert (tmp_path / "again/step.onnx").read_bytes() == (exported[1] / "step.onnx").read_bytes()
+
+
+@pytest.mark.slow
+def test_agreement_holds_over_4096_steps(model, tmp_path):
+    report = rwkv_export.export(model, tmp_path / "out")
+    steps = {row["step"] for row in report.parity["graphs"]["step"]}
+    assert {1, 16, 256, 4096} <= steps
+    assert report.worst <= 2e-5
