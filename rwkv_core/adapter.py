@@ -55,7 +55,7 @@ class ExportSpec:
         sample: draws inputs to verify with, given a generator and the free dimensions' sizes;
             None repeats the example's values in random order.
         sizes: settings of the free dimensions to verify at; empty is the example's and twice that.
-        tolerance: largest disagreement allowed, relative to the largest output value.
+        tolerance: largest disagreement allowed, relative to the largest value.
     """
 
     name: str

@@ -228,7 +228,11 @@ def _train(args: argparse.Namespace) -> int:
         path = args.resume / "run.json"
         if not path.is_file():
             raise RWKVError(f"{args.resume} holds no run to resume: no {path.name}")
-        config, out = TrainConfig.from_dict(json.loads(path.read_text())), args.resume
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise RWKVError(f"{path} is damaged: {error}") from error
+        config, out = TrainConfig.from_dict(values), args.resume
     elif args.recipe:
         config, out = RECIPES[args.recipe](), args.out or Path("runs") / args.recipe
     else:
@@ -311,7 +315,7 @@ def _doctor(args: argparse.Namespace) -> None:
     print(f"Python        {platform.python_version()} on {platform.machine()}")
     print(f"cores         {os.cpu_count()}")
     needed = ("torch", "numpy", "safetensors", "timm", "torchvision", "onnx", "onnxscript")
-    optional = ("onnxruntime", "tqdm", "matplotlib", "scikit-learn", "tensorboard")
+    optional = ("onnxruntime", "tqdm", "matplotlib", "scikit-learn")
     missing = []
     for name in (*needed, *optional):
         try:

@@ -132,6 +132,18 @@ def test_train_eval_export_generate_info(capsys, text, tmp_path):
     assert "step.onnx" in run(capsys, "info", out_dir)[1]
 
 
+def test_a_damaged_run_and_a_folder_that_cannot_be_made(capsys, text, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"adapter": ')
+    status, _, err = run(capsys, "train", "--resume", str(tmp_path / "run"))
+    assert status == 2
+    assert "run.json is damaged" in err
+    status, _, err = run(capsys, "train", "text", "--data", text, "--out", f"{text}/run", *TINY)
+    assert status == 2
+    assert err.endswith("text.txt: File exists\n") or "Not a directory" in err
+    assert "Traceback" not in err
+
+
 def test_doctor_reports_versions_and_implementations(capsys):
     status, out, _ = run(capsys, "doctor")
     assert status == 0

@@ -77,8 +77,10 @@ def test_unknown_and_missing_fields_are_named():
         TrainConfig.from_dict({**text().to_dict(), "train": {"lrr": 1}})
     with pytest.raises(ConfigError, match=r"unknown field 'trane'; did you mean 'train'"):
         TrainConfig.from_dict({**text().to_dict(), "trane": {}})
+    with pytest.raises(ConfigError, match=r"missing: \['task', 'train'\]"):
+        TrainConfig.from_dict({"adapter": "text"})
     with pytest.raises(ConfigError, match="expected an object, got 3"):
-        from_dict(Outer, {"inner": 3}["inner"])
+        from_dict(Outer, 3)
 
 
 def test_values_that_cannot_work_are_refused():

@@ -1,6 +1,8 @@
 """Names: lazy, unique, suggested when mistyped, and brought by plugins."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,12 @@ def test_unknown_names_list_the_nearest():
     with pytest.raises(UnknownNameError, match=r"unknown domain 'zzz'; known: .*text"):
         ADAPTERS["zzz"]
     assert {"rwkv7", "none"} <= set(MIXERS)
+
+
+def test_the_readmes_table_has_a_row_for_every_mixer():
+    page = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| yes \| yes \| yes \|$", page, re.M)
+    assert sorted(rows) == list(MIXERS)
 
 
 def test_a_plugin_that_fails_on_import_hurts_only_who_asks_for_it(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def export(model: nn.Module, folder: str | Path, *, steps: Sequence[int] = STEPS
                 "runtime": f"onnxruntime {onnxruntime.__version__}",
                 "onnx": onnx.__version__,
                 "machine": platform.machine(),
-                "measure": "largest absolute difference / largest absolute output",
+                "measure": "largest absolute difference / largest absolute output, or own value",
                 "bound": {s.name: s.tolerance for s in specs},
                 "worst": worst,
                 "graphs": rows,

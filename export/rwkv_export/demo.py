@@ -89,7 +89,7 @@ def run(out: Path, *, seconds: float = 85.0, mixer: str = "rwkv7") -> None:
         "  xz -9e": f"{xz_bits_per_byte(held_out):.3f}",
         "  5-gram": f"{ngram_bits_per_byte(learned, held_out):.3f}",
         "export": f"{report.bytes / 1e6:.1f} MB, {sum(report.nodes.values())} nodes",
-        "worst disagreement": f"{report.worst:.1e} of the largest logit",
+        "worst disagreement": f"{report.worst:.1e} of the largest value",
         "tokens/s PyTorch": f"{n_tokens / torch_seconds:.0f}",
         "tokens/s onnxruntime": f"{n_tokens / elsewhere['seconds']:.0f}",
     }

@@ -69,14 +69,15 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown field anywhere; the nearest is named.
         """
+        known = ("adapter", "task", "train")
         for name in values:
-            if name not in ("adapter", "task", "train"):
-                raise ConfigError(
-                    f"unknown field '{name}'; {did_you_mean(name, ['adapter', 'task', 'train'])}"
-                )
+            if name not in known:
+                raise ConfigError(f"unknown field '{name}'; {did_you_mean(name, known)}")
+        if missing := [name for name in known if name not in values]:
+            raise ConfigError(f"a run needs the fields {', '.join(known)}; missing: {missing}")
         adapter = values["adapter"]
         return cls(
             adapter=adapter,
             task=from_dict(ADAPTERS[adapter].Config, values["task"], "task."),
-            train=from_dict(TrainSettings, values.get("train", {}), "train."),
+            train=from_dict(TrainSettings, values["train"], "train."),
         )

@@ -31,16 +31,22 @@ def param_groups(model: nn.Module) -> list[tuple[tuple[str, ...], float, bool]]:
 
 
 def optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
-    """Return AdamW over the model's groups; each group keeps its ``lr_scale`` and its names."""
-    parameters = dict(model.named_parameters())
-    groups = [
-        {
-            "params": [parameters[n] for n in names],
-            "names": names,
-            "lr_scale": lr_scale,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-        }
-        for names, lr_scale, decays in param_groups(model)
-    ]
+    """Return AdamW over the model's groups; each group keeps its ``lr_scale`` and its names.
+
+    Frozen parameters, which require no gradient, are left out.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = []
+    for names, lr_scale, decays in param_groups(model):
+        trained = tuple(n for n in names if n in parameters)
+        if trained:
+            groups.append(
+                {
+                    "params": [parameters[n] for n in trained],
+                    "names": trained,
+                    "lr_scale": lr_scale,
+                    "weight_decay": settings.weight_decay if decays else 0.0,
+                }
+            )
     betas = (settings.beta1, settings.beta2)
     return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
