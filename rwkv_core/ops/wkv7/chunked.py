@@ -41,44 +41,38 @@ def wkv7_chunked(
     n_chunks = (T + pad) // CHUNK
 
     # [B, T, H, X] -> [N, B, H, L, X]; a padded token has w = 0 and k = b = 0: it changes nothing
-    def split(x: Tensor) -> Tensor:
+    def chunks(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, 0, 0, pad))
         return x.view(B, n_chunks, CHUNK, H, x.shape[-1]).permute(1, 0, 3, 2, 4)
 
-    r, w, k, v, a, b = map(split, (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
+    r, w, k, v, a, b = map(chunks, (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     g = w.cumsum(-2)
-    e = g - w
-    end = g[..., -1:, :]
     mid = g[..., CHUNK // 2 - 1 : CHUNK // 2, :]
+    end = g[..., -1:, :]
+    g = g - mid
 
     # rows read (r after the update, a before it), columns were written (k and b)
-    read = torch.cat([r * (g - mid).exp(), a * (e - mid).exp()], -2)
-    shrink = (mid - g).exp()
-    written = torch.cat([k * shrink, b * shrink], -2)
-    A = read @ written.mT
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=A.device).tril()
-    strict = lower.tril(-1)
-    A_rk = A[..., :CHUNK, :CHUNK] * lower
-    A_rb = A[..., :CHUNK, CHUNK:] * lower
-    A_ak = A[..., CHUNK:, :CHUNK] * strict
-    A_ab = A[..., CHUNK:, CHUNK:] * strict
+    read_r, read_a = r * g.exp(), a * (g - w).exp()
+    written_k, written_b = k * (-g).exp(), b * (-g).exp()
+    A = torch.cat([read_r, read_a], -2) @ torch.cat([written_k, written_b], -2).mT
+    lower = torch.ones(CHUNK, CHUNK, dtype=A.dtype, device=A.device).tril()
+    A = A * torch.cat([lower, lower.tril(-1)]).repeat(1, 2)
+    (A_rk, A_rb), (A_ak, A_ab) = (rows.split(CHUNK, -1) for rows in A.split(CHUNK, -2))
 
     # Z = found_v + found_s S₀, one triangular solve for both
-    rhs = torch.cat([A_ak @ v, a * e.exp()], -1)
+    from_start = mid.exp()
+    rhs = torch.cat([A_ak @ v, read_a * from_start], -1)
     unit = torch.eye(CHUNK, dtype=A.dtype, device=A.device)
     found = torch.linalg.solve_triangular(unit - A_ab, rhs, upper=False, unitriangular=True)
-    found_v, found_s = found[..., :V], found[..., V:]
-    read_s = r * g.exp()
-    y_inner = A_rk @ v
-    keep = (end - g).exp()
-    k_end, b_end = (k * keep).mT, (b * keep).mT
-    decay = end.exp().mT
-    written_v = k_end @ v
-
+    found_v, found_s = found.split([V, found.shape[-1] - V], -1)
+    to_end = (end - mid).exp()
+    k_end, b_end = (written_k * to_end).mT, (written_b * to_end).mT
+    # split all at once: the gradient of an index into N chunks is N tensors of zeros
+    parts = (found_v, found_s, A_rb, read_r * from_start, A_rk @ v, end.exp().mT, k_end @ v, b_end)
     ys = []
-    for n in range(n_chunks):
-        z = found_v[n] + found_s[n] @ state_BHKV
-        ys.append(y_inner[n] + A_rb[n] @ z + read_s[n] @ state_BHKV)
-        state_BHKV = decay[n] * state_BHKV + written_v[n] + b_end[n] @ z
+    for z_v, z_s, y_z, y_s, y_v, decay, s_v, s_z in zip(*(p.unbind() for p in parts), strict=True):
+        z = z_v + z_s @ state_BHKV
+        ys.append(y_v + y_z @ z + y_s @ state_BHKV)
+        state_BHKV = decay * state_BHKV + s_v + s_z @ z
     y = torch.stack(ys).permute(1, 0, 3, 2, 4).reshape(B, n_chunks * CHUNK, H, V)
     return y[:, :T], state_BHKV
