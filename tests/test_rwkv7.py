@@ -262,5 +262,8 @@ def test_wrong_names_and_options_are_refused_with_the_nearest():
         ConfigError, match="unknown mixer option 'head_size'; did you mean 'head_dim'"
     ):
         Backbone(32, 1, mixer_options={"head_size": 16})
-    with pytest.raises(ValueError, match="dim 30 is not a multiple of head_dim 16"):
-        TimeMix7(30, head_dim=16)
+    for options in ({"head_dim": 24}, {"head_dim": 0}):
+        with pytest.raises(ConfigError, match="dim 32 is not a multiple of head_dim"):
+            Backbone(32, 1, mixer_options=options)
+    with pytest.raises(ConfigError, match=r"mixer options .* do not fit"):
+        Backbone(32, 1, mixer_options={"head_dim": "16"})

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rwkv_core.errors import ConfigError
 from rwkv_core.ops import wkv7, wkv7_step
 from rwkv_core.testing import check_op, relative_error
 
@@ -119,5 +120,5 @@ def test_wrong_shapes_are_named():
 
 
 def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="unknown impl 'fast'"):
-        wkv7(*make_inputs(1, 2, 1, 2, 2), impl="fast")
+    with pytest.raises(ConfigError, match="unknown impl 'chunk'; did you mean 'chunked'"):
+        wkv7(*make_inputs(1, 2, 1, 2, 2), impl="chunk")

@@ -86,18 +86,22 @@ class Generation(NamedTuple):
         """Return the two mixers of one layer, each given the options its signature names.
 
         Raises:
-            ConfigError: an option that neither mixer takes; the nearest ones are named.
+            ConfigError: an option that neither mixer takes (the nearest ones are named), or a value
+                that does not fit.
         """
         accepted = [set(inspect.signature(cls).parameters) for cls in self]
         known = (accepted[0] | accepted[1]) - {"dim", "layer", "depth"}
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown mixer option {name!r}; {did_you_mean(name, known)}")
-        time_mix, channel_mix = (
-            cls(dim, layer=layer, depth=depth, **{n: v for n, v in options.items() if n in names})
-            for cls, names in zip(self, accepted, strict=True)
-        )
-        return time_mix, channel_mix
+        own = [{n: v for n, v in options.items() if n in names} for names in accepted]
+        try:
+            return (
+                self.time_mix(dim, layer=layer, depth=depth, **own[0]),
+                self.channel_mix(dim, layer=layer, depth=depth, **own[1]),
+            )
+        except TypeError as error:
+            raise ConfigError(f"mixer options {dict(options)} do not fit: {error}") from error
 
 
 class HeadNorm(nn.Module):
@@ -118,6 +122,12 @@ class HeadNorm(nn.Module):
         rows = (-1, 1, y_H1V.shape[-1])
         y_H1V = F.layer_norm(y_H1V, rows[-1:], eps=self.eps)
         return y_H1V * self.weight.view(rows) + self.bias.view(rows)
+
+
+def check_heads(dim: int, head_dim: int) -> None:
+    """Raise ConfigError if heads of this size do not fill the width."""
+    if head_dim < 1 or dim % head_dim:
+        raise ConfigError(f"dim {dim} is not a multiple of head_dim {head_dim}")
 
 
 def lora_rank(dim: int, factor: float) -> int:

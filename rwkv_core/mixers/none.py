@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, lora_rank
+from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, check_heads, lora_rank
 from rwkv_core.mixers.rwkv7 import ChannelMix7
 from rwkv_core.ops.shift import token_shift
 
@@ -50,8 +50,7 @@ class TimeMixNone(Mixer):
         norm_eps: float = 64e-5,
     ) -> None:
         super().__init__()
-        if dim % head_dim:
-            raise ValueError(f"dim {dim} is not a multiple of head_dim {head_dim}")
+        check_heads(dim, head_dim)
         self.dim, self.head_dim, self.layer, self.depth = dim, head_dim, layer, depth
         rank = lora_rank(dim, 5.0)
         self.x_v = nn.Parameter(torch.empty(dim))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, lora_rank
+from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, check_heads, lora_rank
 from rwkv_core.ops._common import WKVOutput, state_dtype
 from rwkv_core.ops.shift import token_shift
 from rwkv_core.ops.wkv7 import wkv7, wkv7_step
@@ -96,8 +96,7 @@ class TimeMix7(Mixer):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if dim % head_dim:
-            raise ValueError(f"dim {dim} is not a multiple of head_dim {head_dim}")
+        check_heads(dim, head_dim)
         self.dim, self.head_dim, self.layer, self.depth = dim, head_dim, layer, depth
         self.impl = impl
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rwkv_core.errors import ConfigError, did_you_mean
 from rwkv_core.ops._common import WKVOutput, check_shapes, state_dtype
 from rwkv_core.ops.wkv7.chunked import wkv7_chunked
 from rwkv_core.ops.wkv7.reference import wkv7_reference, wkv7_step
@@ -41,7 +42,8 @@ def wkv7(
         inputs). T = 0 returns an empty y and the state unchanged.
 
     Raises:
-        ValueError: a shape that does not fit the others, or an unknown ``impl``.
+        ValueError: a shape that does not fit the others.
+        ConfigError: an unknown ``impl``; the nearest one is named.
     """
     B, _, H, K = check_shapes("wkv7", r_BTHK, {"w": w_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK})
     check_shapes("wkv7", r_BTHK[..., :1], {"v": v_BTHV[..., :1]})
@@ -55,7 +57,7 @@ def wkv7(
         )
     run = IMPLS.get("chunked" if impl == "auto" else impl)
     if run is None:
-        raise ValueError(f"wkv7: unknown impl {impl!r}; expected 'auto' or one of {sorted(IMPLS)}")
+        raise ConfigError(f"wkv7: unknown impl {impl!r}; {did_you_mean(impl, ['auto', *IMPLS])}")
     inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
     with torch.autocast(v_BTHV.device.type, enabled=False):
         y_BTHV, state_BHKV = run(*(x.to(dtype) for x in inputs))
