@@ -1,20 +1,26 @@
-"""The main job end to end on data that every Python ships: train, export, verify, run elsewhere."""
+"""The main job end to end on data that needs no network: train, export, verify, run elsewhere.
+
+Twice: a language model on the reference inside CPython, a classifier of scikit-learn's digits.
+"""
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rwkv_core.config import override
 from rwkv_core.errors import RWKVError
-from rwkv_core.registry import RECIPES
-from rwkv_core.train import train
+from rwkv_core.registry import MIXERS, RECIPES
+from rwkv_core.train import TrainConfig, TrainResult, train
 from rwkv_core.train.threads import probe_threads
-from rwkv_export._export import export
+from rwkv_export._export import Report, export
+from rwkv_export.runtime import load
 from rwkv_text.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from rwkv_text.data import split_documents
 
@@ -25,92 +31,154 @@ PROMPT = 'The "with" statement'
 SAMPLING: dict[str, Any] = {
     "max_tokens": 400, "temperature": 0.7, "top_p": 0.9, "seed": 0
 }  # fmt: skip
+BUSY = 1.35  # how much slower than its probe a training may get on a busy machine
 
-# runs where torch cannot be imported
-ELSEWHERE = """
-import sys, json, time
-sys.modules["torch"] = None
-import rwkv_export
+# both run in a fresh interpreter where torch cannot be imported
+NO_TORCH = "import sys, json, time, numpy\nsys.modules['torch'] = None\nimport rwkv_export\n"
+GENERATE = """
 folder, prompt, sampling = json.loads(sys.argv[1])
 runtime = rwkv_export.load(folder)
 runtime.generate(prompt, max_tokens=8)
 began = time.perf_counter()
 text = runtime.generate(prompt, **sampling)
-print(json.dumps({"text": text, "seconds": time.perf_counter() - began}))
+print(json.dumps([text, time.perf_counter() - began]))
+"""
+CLASSIFY = """
+folder, pictures = json.loads(sys.argv[1])
+runtime, pictures = rwkv_export.load(folder), numpy.load(pictures)
+runtime.predict(pictures[:8])
+began = time.perf_counter()
+labels = [p.label for p in runtime.predict(pictures)]
+print(json.dumps([labels, time.perf_counter() - began]))
 """
 
 
 def run(out: Path, *, seconds: float = 85.0, mixer: str = "rwkv7") -> None:
-    """Train on CPython's language reference, export, prove, generate in another process, report.
+    """Train, export, prove and run both models; print one table; leave the files in ``out``.
 
     Args:
         out: folder for everything; must not exist.
-        seconds: aim of the training time; a short probe turns it into a number of steps.
-        mixer: RWKV generation.
+        seconds: aim of the language model's training time; a probe makes it a number of steps.
+        mixer: RWKV generation of the language model.
 
     Raises:
-        RWKVError: ``out`` exists, or the exported model does not write what PyTorch writes.
+        RWKVError: ``out`` exists, a part is missing, or the exported model answers otherwise.
     """
     if out.exists():
         raise RWKVError(f"{out} exists already; remove it or name another folder with --out")
+    _ = MIXERS[mixer]  # an unknown name ends here
+    text = _text(out / "text", seconds, mixer)
+    digits = _digits(out / "digits")
+    pictures = out / "pictures"
+    for name in ("text", "digits"):
+        shutil.copy(out / name / "run" / "loss.png", pictures / f"{name}-loss.png")
+    print(f"\n{(out / 'text' / 'sample.txt').read_text()}")
+    for title, table in (("language model", text), ("digits classifier", digits)):
+        print(f"\n{title}")
+        for name, value in table.items():
+            print(f"  {name:<22} {value}")
+    print("\nfiles")
+    for folder in (out / "text" / "onnx", out / "digits" / "onnx", pictures):
+        print(f"  {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    print(f"  {out / 'text' / 'run'} and {out / 'digits' / 'run'}: checkpoints and logs")
+
+
+def _text(out: Path, seconds: float, mixer: str) -> dict[str, str]:
     config = override(RECIPES["pydoc"](), f"task.mixer={mixer}")
     threads, per_step = probe_threads(config)
-    steps = max(20, int(seconds / per_step))
-    limit = seconds * 1.35  # a busy machine may slow down after the probe
-    for assignment in (
-        f"train.threads={threads}", f"train.steps={steps}", f"train.max_seconds={limit}"
-    ):  # fmt: skip
-        config = override(config, assignment)
-    logger.info("training: %d steps of about %.2f s on %d threads", steps, per_step, threads)
-    result = train(config, out / "run")
-    if result.stopped_by:
-        raise RWKVError(f"stopped by {result.stopped_by.name}; the run is in {result.run_dir}")
+    config = _set(config, threads=threads, steps=max(20, int(seconds / per_step)))
+    result = _train(config, out / "run", per_step, seconds * BUSY)
     model: Any = result.model
-
-    logger.info("exporting and comparing with PyTorch over 4,096 steps")
-    report = export(model, out / "onnx")
-
+    report = _export(result, out / "onnx")
     logger.info("generating: PyTorch here, onnxruntime in a process without torch")
     model.generate(PROMPT, max_tokens=8)
     began = time.perf_counter()
     text = model.generate(PROMPT, **SAMPLING)
     torch_seconds = time.perf_counter() - began
-    elsewhere = _elsewhere(out / "onnx")
-    if elsewhere["text"] != text:
+    answer, seconds = _elsewhere(GENERATE, [str(out / "onnx"), PROMPT, SAMPLING])
+    if answer != text:
         raise RWKVError("the exported model wrote another text than PyTorch")
     (out / "sample.txt").write_text(PROMPT + text + "\n")
-
     learned, held_out = (split_documents(config.task.data, split) for split in ("train", "eval"))
     n_tokens = max(len(text.encode()), 1)
-    table = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "training": f"{result.seconds:.0f} s, {result.step} steps, {threads} threads",
+    return {
+        **_rows(result, report),
         "held-out bits/byte": f"{result.metrics['bits_per_byte']:.3f}",
         "  xz -9e": f"{xz_bits_per_byte(held_out):.3f}",
         "  5-gram": f"{ngram_bits_per_byte(learned, held_out):.3f}",
+        "tokens/s PyTorch": f"{n_tokens / torch_seconds:.0f}",
+        "tokens/s onnxruntime": f"{n_tokens / seconds:.0f}",
+    }
+
+
+def _digits(out: Path) -> dict[str, str]:
+    # the domain's modules are asked for here, so that text works where torchvision does not
+    from rwkv_vision.baselines import nearest_neighbours
+    from rwkv_vision.pictures import report as draw
+    from rwkv_vision.sources import open_split
+
+    config = RECIPES["digits"]()
+    threads, per_step = probe_threads(config)
+    result = _train(_set(config, threads=threads), out / "run", per_step, 90.0)
+    model: Any = result.model
+    report = _export(result, out / "onnx")
+    accuracy = draw(load(out / "onnx"), model.config, out.parent / "pictures")
+    test = open_split(model.config, "test")
+    pictures = np.stack([np.asarray(test.load(i)) for i in range(len(test.targets))])
+    np.save(out / "test.npy", pictures)
+    began = time.perf_counter()
+    labels = [p.label for p in model.predict(pictures)]
+    torch_seconds = time.perf_counter() - began
+    answer, seconds = _elsewhere(CLASSIFY, [str(out / "onnx"), str(out / "test.npy")])
+    if answer != labels:
+        raise RWKVError("the exported classifier answered otherwise than PyTorch")
+    neighbours, k = nearest_neighbours(model.config)
+    return {
+        **_rows(result, report),
+        "test accuracy": f"{100 * accuracy:.2f} % of {len(labels)}",
+        f"  {k} nearest neighbours": f"{100 * neighbours:.2f} %",
+        "pictures/s PyTorch": f"{len(labels) / torch_seconds:.0f}",
+        "pictures/s onnxruntime": f"{len(labels) / seconds:.0f}",
+    }
+
+
+def _set(config: TrainConfig, **settings: Any) -> TrainConfig:
+    for name, value in settings.items():
+        config = override(config, f"train.{name}={json.dumps(value)}")
+    return config
+
+
+def _train(config: TrainConfig, run_dir: Path, per_step: float, limit: float) -> TrainResult:
+    config = _set(config, max_seconds=limit)
+    logger.info(
+        "training %s: %d steps of about %.2f s on %d threads",
+        config.adapter, config.train.steps, per_step, config.train.threads,
+    )  # fmt: skip
+    result = train(config, run_dir)
+    if result.stopped_by:
+        raise RWKVError(f"stopped by {result.stopped_by.name}; the run is in {result.run_dir}")
+    return result
+
+
+def _export(result: TrainResult, folder: Path) -> Report:
+    logger.info("exporting, and comparing with PyTorch")
+    return export(result.model, folder)
+
+
+def _rows(result: TrainResult, report: Report) -> dict[str, str]:
+    threads = result.config.train.threads
+    return {
+        "parameters": f"{sum(p.numel() for p in result.model.parameters()):,}",
+        "training": f"{result.seconds:.0f} s, {result.step} steps, {threads} threads",
         "export": f"{report.bytes / 1e6:.1f} MB, {sum(report.nodes.values())} nodes",
         "worst disagreement": f"{report.worst:.1e} of the largest value",
-        "tokens/s PyTorch": f"{n_tokens / torch_seconds:.0f}",
-        "tokens/s onnxruntime": f"{n_tokens / elsewhere['seconds']:.0f}",
     }
-    print(f"\n{PROMPT}{text}\n")
-    for name, value in table.items():
-        print(f"{name:<22} {value}")
-    print("\nfiles")
-    for path in _files(out):
-        print(f"  {path}")
 
 
-def _elsewhere(folder: Path) -> dict[str, Any]:
-    """Generate in a fresh interpreter that cannot import torch."""
-    arguments = json.dumps([str(folder), PROMPT, SAMPLING])
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, arguments], capture_output=True, text=True, check=False
-    )
+def _elsewhere(code: str, arguments: list[Any]) -> Any:
+    """Return what a fresh interpreter that cannot import torch prints as JSON."""
+    command = [sys.executable, "-c", NO_TORCH + code, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RWKVError(f"the process without torch failed:\n{done.stderr.strip()}")
     return json.loads(done.stdout)
-
-
-def _files(out: Path) -> Iterator[Path]:
-    return (path for path in sorted(out.rglob("*")) if path.is_file())

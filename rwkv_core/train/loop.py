@@ -37,9 +37,10 @@ KEEP = 2  # checkpoints
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: the model, the figures of the last evaluation, and what stopped it."""
+    """How a run ended: model, figures of the last evaluation, and what stopped it, if anything."""
 
     model: nn.Module
+    config: TrainConfig
     run_dir: Path
     step: int
     seconds: float
@@ -133,7 +134,8 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     if stop:
         logger.info("stopped by %s after step %d; checkpoint written", stop[0].name, step)
     seconds = time.monotonic() - began
-    return TrainResult(model.eval(), run_dir, step, seconds, metrics, stop[0] if stop else None)
+    stopped_by = stop[0] if stop else None
+    return TrainResult(model.eval(), config, run_dir, step, seconds, metrics, stopped_by)
 
 
 @torch.no_grad()

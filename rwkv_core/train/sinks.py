@@ -97,7 +97,7 @@ def plot_losses(run_dir: Path) -> Path | None:
     held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
-    axes.set(xlabel="step", ylabel="loss", title=Path(run_dir).name)
+    axes.set(xlabel="step", ylabel="loss", title="/".join(Path(run_dir).parts[-2:]))
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(run_dir) / "loss.png"
