@@ -76,12 +76,16 @@ def find(path: str | Path) -> Path:
     return steps[-1]
 
 
-def load(path: str | Path) -> nn.Module:
-    """Return the model saved at ``path``, in evaluation mode.
+def load(path: str | Path, expected: str | None = None) -> nn.Module:
+    """Return the model saved at ``path``, a checkpoint's folder or a run's, in evaluation mode.
+
+    Args:
+        path: the folder.
+        expected: name of the domain it has to be of; None takes any.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or of another architecture; the message names
-            the tensors that differ.
+        CheckpointError: a file is missing, damaged, of another domain or architecture; the message
+            names the tensors that differ.
     """
     folder = find(path)
     try:
@@ -91,7 +95,12 @@ def load(path: str | Path) -> nn.Module:
         raise CheckpointError(
             f"{folder / CONFIG} does not describe a model: {type(error).__name__}: {error}"
         ) from error
-    model = build(adapter, from_dict(ADAPTERS[adapter].Config, values))
+    config_type = ADAPTERS[adapter].Config
+    if expected not in (None, adapter):
+        raise CheckpointError(
+            f"{path} holds a model of the domain {adapter!r}, expected {expected!r}"
+        )
+    model = build(adapter, from_dict(config_type, values))
     load_tensors(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return model.eval()
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -141,12 +141,7 @@ def load(path: str | Path) -> CausalLM:
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one of another domain.
     """
-    model = checkpoint.load(path)
-    if not isinstance(model, CausalLM):
-        raise CheckpointError(
-            f"{path} holds a model of the domain {model.adapter!r}, expected 'text'"
-        )
-    return model
+    return cast(CausalLM, checkpoint.load(path, "text"))
 
 
 def _fingerprint(config: TextConfig) -> str:

