@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +328,16 @@ def test_nearest_neighbours_are_a_strong_yardstick_on_digits() -> None:
     accuracy, k = nearest_neighbours(RECIPES["digits"]().task)
     assert accuracy == pytest.approx(0.986, abs=5e-4)
     assert k in (1, 3, 5, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_mnist_reaches_its_figure(shared_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(shared_data / "images" / "mnist-png.tar.gz") as archive:
+        archive.extractall(tmp_path / "mnist", filter="data")
+    config = override(RECIPES["mnist"](), f"task.data={tmp_path / 'mnist'}")
+    result = train(override(config, "train.checkpoint_every=0"), tmp_path / "run")
+    assert evaluate(result.model, result.model.config, "test")["accuracy"] >= 0.985
 
 
 @pytest.mark.slow
