@@ -3,6 +3,10 @@
 An adapter is any object with the members of :class:`Adapter`; there is no base class. Its module
 must not import torch at the top, because :meth:`Adapter.predict` also serves exported models where
 torch is not installed.
+
+Three more members are used where an adapter has them: ``generate(run, prompt, **settings)`` for
+domains that write, and ``optimizer(model, settings)`` and ``schedule(model, optim, settings)`` for
+domains that do not train as :mod:`rwkv_core.train.optim` and :mod:`rwkv_core.train.schedule` do.
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "example:\n  rwkv eval runs/text --data other.txt",
     )
     sub.add_argument("path", type=Path, help="checkpoint or run folder")
+    sub.add_argument("--split", default="eval", help="part of the data: eval, or test where it is")
     _add_config_flags(sub)
 
     sub = verb(
@@ -260,7 +261,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     model: Any = checkpoint.load(args.path)
     config = _configured(TrainConfig(adapter=model.adapter, task=model.config), args)
-    for name, value in evaluate(model, config.task).items():
+    for name, value in evaluate(model, config.task, args.split).items():
         print(f"{name:<16} {value:.4f}")
 
 

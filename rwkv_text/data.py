@@ -78,8 +78,10 @@ def batches(
     A document is preceded and ended by a boundary.
 
     Raises:
-        DataError: the training text is shorter than one context.
+        DataError: an unknown split, or a training text shorter than one context.
     """
+    if split not in ("train", "eval"):
+        raise DataError(f"text has the splits 'train' and 'eval', got {split!r}")
     tok = tokenizer(config.tokenizer)
     lengths = tok.byte_lengths()
     encoded = [tok.encode(text) for text in split_documents(config.data, split)]

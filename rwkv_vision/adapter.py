@@ -6,7 +6,7 @@ Torch is imported where it is used, because exported models are predicted with w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rwkv_core.adapter import ExportSpec, Run
@@ -16,7 +16,9 @@ from rwkv_vision.config import ClassifyConfig
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim import Optimizer
 
+    from rwkv_core.train.config import TrainSettings
     from rwkv_vision.data import ImageBatch
     from rwkv_vision.model import Classifier
 
@@ -78,6 +80,20 @@ class ClassifyAdapter:
         n = float(len(targets))
         correct = (logits.argmax(1) == targets).sum()
         return loss, {"correct": correct, "nats": loss.detach() * n, "pictures": n}
+
+    def optimizer(self, model: Classifier, settings: TrainSettings) -> Optimizer:
+        """Return the optimiser that the task names."""
+        from rwkv_vision.optim import image_optimizer
+
+        return image_optimizer(model, settings)
+
+    def schedule(
+        self, model: Classifier, optim: Optimizer, settings: TrainSettings
+    ) -> Callable[[int], float]:
+        """Return the function that sets a step's learning rates."""
+        from rwkv_vision.optim import image_schedule
+
+        return image_schedule(model, optim, settings)
 
     def metrics(self, config: ClassifyConfig, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the share of correct labels and the mean loss."""

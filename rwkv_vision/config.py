@@ -38,6 +38,9 @@ class ClassifyConfig:
         smoothing: share of the target spread over all classes.
         ema: decay of a running mean of the weights, which then answers in evaluation and exports; 0
             is off.
+        optimizer: timm's name of an optimiser, such as ``"lion"``; empty is the official AdamW.
+        schedule: timm's name of a schedule (``cosine``, ``step``, ``poly``, ``tanh``); empty is the
+            official warm-up and cosine.
         uint8_graph: also export a graph that takes the bytes of pictures of any size.
     """
 
@@ -64,6 +67,8 @@ class ClassifyConfig:
     cutmix: float = 0.0
     smoothing: float = 0.0
     ema: float = 0.0
+    optimizer: str = ""
+    schedule: str = ""
     uint8_graph: bool = False
 
     def __post_init__(self) -> None:

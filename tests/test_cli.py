@@ -120,6 +120,13 @@ def test_train_eval_export_generate_info(capsys, text, tmp_path):
     status, out, _ = run(capsys, "eval", run_dir)
     assert status == 0
     assert "bits_per_byte" in out
+    for split, error in (
+        ("train", "has no end"),
+        ("test", "splits 'train' and 'eval', got 'test'"),
+    ):
+        status, _, err = run(capsys, "eval", run_dir, "--split", split)
+        assert status == 2
+        assert error in err
     status, out, _ = run(capsys, "export", run_dir, out_dir, "--steps", "8")
     assert status == 0
     assert "worst disagreement" in out

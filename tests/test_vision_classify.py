@@ -21,6 +21,7 @@ from rwkv_core.testing import check_adapter, perturb
 from rwkv_core.train import TrainConfig, TrainSettings, evaluate, train
 from rwkv_core.train.optim import optimizer
 from rwkv_core.train.schedule import learning_rate
+from rwkv_core.train.sinks import read_log
 from rwkv_vision.baselines import nearest_neighbours
 from rwkv_vision.config import ClassifyConfig
 from rwkv_vision.data import batches, eval_transform
@@ -187,6 +188,38 @@ def test_learns_colours_resumes_exactly_and_predicts(colors: Path, tmp_path: Pat
     assert [p.label for p in predictions] == list(COLORS)
     assert all(0.5 < p.confidence <= 1 for p in predictions)
     assert predictions[0].logits.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "last"),
+    # timm's step falls to a tenth twice, its poly is a tenth root
+    [("lion", "cosine", 1e-3), ("sgd", "step", 1e-4), ("", "poly", 7.4e-3), ("adamw", "", 1e-3)],
+)
+def test_timms_optimisers_and_schedules_train_and_resume_exactly(
+    colors: Path, tmp_path: Path, name: str, schedule: str, last: float
+) -> None:
+    settings = TrainSettings(
+        steps=30, lr=1e-2, lr_final=1e-3, warmup_steps=2, checkpoint_every=15, log_every=1
+    )
+    task = small(colors, optimizer=name, schedule=schedule)
+    config = TrainConfig(adapter="classify", task=task, train=settings)
+    result = train(config, tmp_path / "run")
+    rates = [row["lr"] for row in read_log(tmp_path / "run")]
+    assert rates[0] == pytest.approx(1e-4, rel=0.01)
+    assert max(rates) == pytest.approx(1e-2, rel=0.02)
+    assert rates[-1] == pytest.approx(last, rel=0.05)
+    shutil.rmtree(tmp_path / "run" / "step-0000030")
+    resumed = train(result.config, tmp_path / "run", resume=True)
+    for key, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[key]), key
+
+
+def test_unknown_optimisers_and_schedules_name_the_nearest(colors: Path, tmp_path: Path) -> None:
+    for field, value, near in (("optimizer", "lionn", "lion"), ("schedule", "cosin", "cosine")):
+        config = TrainConfig(adapter="classify", task=small(colors, **{field: value}))
+        with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_averaged_labels_and_smoothing_give_the_expected_loss(colors: Path) -> None:

@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 
 from rwkv_core import checkpoint
 from rwkv_core._files import atomic_file
-from rwkv_core.errors import CheckpointError, RWKVError, TrainingError
+from rwkv_core.errors import CheckpointError, ConfigError, RWKVError, TrainingError
 from rwkv_core.registry import ADAPTERS
 from rwkv_core.train.config import TrainConfig
 from rwkv_core.train.optim import optimizer
-from rwkv_core.train.schedule import learning_rate
+from rwkv_core.train.schedule import official_schedule
 from rwkv_core.train.sinks import Console, JsonlSink, plot_losses
 
 __all__ = ["TrainResult", "evaluate", "train"]
@@ -74,7 +74,9 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     torch.manual_seed(settings.seed)
     model = checkpoint.build(config.adapter, config.task).train()
     config = dataclasses.replace(config, task=model.config)
-    optim = optimizer(model, settings)
+    # a domain may bring its own optimiser and schedule; the official recipe is the default
+    optim = getattr(adapter, "optimizer", optimizer)(model, settings)
+    set_rate = getattr(adapter, "schedule", official_schedule)(model, optim, settings)
     step = _restore(run_dir, model, optim) if resume else 0
     batches = adapter.data(config.task, "train", start=step, seed=settings.seed)
     # data that cannot be used shows here, before anything is written
@@ -104,9 +106,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                     f"stops before it spoils the weights. The last good checkpoint is "
                     f"{checkpoint.find(run_dir)}; a lower train.lr is the usual cure"
                 )
-            rate = learning_rate(step, settings)
-            for group in optim.param_groups:
-                group["lr"] = rate * group["lr_scale"]
+            rate = set_rate(step)
             optim.step()
             step += 1
             console.step()
@@ -140,7 +140,13 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Any, split: str = "eval") -> dict[str, float]:
-    """Return the domain's figures over one pass of a split."""
+    """Return the domain's figures over one pass of a split.
+
+    Raises:
+        ConfigError: the split ``"train"``, which has no end.
+    """
+    if split == "train":
+        raise ConfigError("the split 'train' has no end; evaluate on 'eval', or 'test' where it is")
     _, adapter = checkpoint.adapter_of(model)
     was_training = model.training
     model.eval()
@@ -165,15 +171,15 @@ def _save(run_dir: Path, model: nn.Module, optim: Optimizer, step: int) -> None:
     target = run_dir / f"step-{step:07d}"
     if target.exists():
         return
-    moments = {
-        f"{kind}/{name}": optim.state[p][kind]
+    memory = {
+        f"{kind}/{name}": value.contiguous()
         for group in optim.param_groups
         for name, p in zip(group["names"], group["params"], strict=True)
-        for kind in ("exp_avg", "exp_avg_sq")
-        if p in optim.state
+        for kind, value in optim.state.get(p, {}).items()
+        if isinstance(value, torch.Tensor)
     }
     progress = json.dumps({"step": step}).encode()
-    checkpoint.save(model, target, {OPTIMIZER: to_bytes(moments), PROGRESS: progress})
+    checkpoint.save(model, target, {OPTIMIZER: to_bytes(memory), PROGRESS: progress})
     for old in sorted(run_dir.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
 
@@ -182,14 +188,19 @@ def _restore(run_dir: Path, model: nn.Module, optim: Optimizer) -> int:
     folder = checkpoint.find(run_dir)
     source = folder / checkpoint.WEIGHTS
     checkpoint.load_tensors(model, checkpoint.read_tensors(source), str(source))
-    moments = checkpoint.read_tensors(folder / OPTIMIZER)
+    memory = checkpoint.read_tensors(folder / OPTIMIZER)
     try:
         step = int(json.loads((folder / PROGRESS).read_text())["step"])
-        for group in optim.param_groups if step else ():
-            for name, p in zip(group["names"], group["params"], strict=True):
-                kinds = ("exp_avg", "exp_avg_sq")
-                optim.state[p] = {kind: moments[f"{kind}/{name}"] for kind in kinds}
-                optim.state[p]["step"] = torch.tensor(float(step))
+        parameters = {
+            name: p
+            for group in optim.param_groups
+            for name, p in zip(group["names"], group["params"], strict=True)
+        }
+        for key, value in memory.items():
+            kind, _, name = key.partition("/")
+            optim.state[parameters[name]][kind] = value
+        if step and (idle := [n for n, p in parameters.items() if not optim.state[p]]):
+            raise KeyError(f"no optimiser state of {idle[0]}")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {type(error).__name__}: {error}; delete it to "

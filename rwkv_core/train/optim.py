@@ -1,12 +1,14 @@
 """AdamW whose groups come from the layers: each mixer knows its own recipe."""
 
+from typing import Any
+
 from torch import nn
 from torch.optim import AdamW
 
 from rwkv_core.mixers.base import Mixer
 from rwkv_core.train.config import TrainSettings
 
-__all__ = ["optimizer", "param_groups"]
+__all__ = ["optimizer", "optimizer_groups", "param_groups"]
 
 
 def param_groups(model: nn.Module) -> list[tuple[tuple[str, ...], float, bool]]:
@@ -30,8 +32,8 @@ def param_groups(model: nn.Module) -> list[tuple[tuple[str, ...], float, bool]]:
     return [(tuple(names), *key) for key, names in groups.items()]
 
 
-def optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
-    """Return AdamW over the model's groups; each group keeps its ``lr_scale`` and its names.
+def optimizer_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return the model's groups as any torch optimiser takes them, with ``names`` and ``lr_scale``.
 
     Frozen parameters, which require no gradient, are left out.
     """
@@ -48,5 +50,11 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
                     "weight_decay": settings.weight_decay if decays else 0.0,
                 }
             )
+    return groups
+
+
+def optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
+    """Return the official recipe's AdamW over the model's groups."""
     betas = (settings.beta1, settings.beta2)
+    groups = optimizer_groups(model, settings)
     return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)

@@ -1,10 +1,14 @@
 """The learning rate of a step: linear warm-up, then a cosine, as in the official trainer."""
 
 import math
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import Optimizer
 
 from rwkv_core.train.config import TrainSettings
 
-__all__ = ["learning_rate"]
+__all__ = ["learning_rate", "official_schedule"]
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -20,3 +24,17 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     if step < warmup:
         rate *= 0.01 + 0.99 * step / warmup
     return rate
+
+
+def official_schedule(
+    model: nn.Module, optim: Optimizer, settings: TrainSettings
+) -> Callable[[int], float]:
+    """Return a function that sets every group's rate for a step and returns the rate at scale 1."""
+
+    def set_rate(step: int) -> float:
+        rate = learning_rate(step, settings)
+        for group in optim.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        return rate
+
+    return set_rate
