@@ -13,7 +13,7 @@ from rwkv_core.train.optim import optimizer
 
 __all__ = ["probe_threads"]
 
-N_ROUNDS = 5
+N_ROUNDS = 9
 
 
 def probe_threads(config: TrainConfig) -> tuple[int, float]:
