@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except RWKVError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that cannot be written
         where = f"{error.filename}: " if error.filename else ""
@@ -308,7 +311,6 @@ def _demo(args: argparse.Namespace) -> int | None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
