@@ -4,9 +4,11 @@ An adapter is any object with the members of :class:`Adapter`; there is no base 
 must not import torch at the top, because :meth:`Adapter.predict` also serves exported models where
 torch is not installed.
 
-Three more members are used where an adapter has them: ``generate(run, prompt, **settings)`` for
-domains that write, and ``optimizer(model, settings)`` and ``schedule(model, optim, settings)`` for
-domains that do not train as :mod:`rwkv_core.train.optim` and :mod:`rwkv_core.train.schedule` do.
+More members are used where an adapter has them: ``generate(run, prompt, **settings)`` for domains
+that write; ``draw(model, config, split, folder)`` for those whose answers are better looked at than
+read (it returns the files' paths); ``optimizer(model, settings)`` and
+``schedule(model, optim, settings)`` for those that do not train as :mod:`rwkv_core.train.optim` and
+:mod:`rwkv_core.train.schedule` do.
 """
 
 from __future__ import annotations

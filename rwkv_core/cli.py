@@ -126,6 +126,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     sub.add_argument("path", type=Path, help="checkpoint or run folder")
     sub.add_argument("--split", default="eval", help="part of the data: eval, or test where it is")
+    sub.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw what it answers")
     _add_config_flags(sub)
 
     sub = verb(
@@ -264,8 +265,14 @@ def _eval(args: argparse.Namespace) -> None:
 
     model: Any = checkpoint.load(args.path)
     config = _configured(TrainConfig(adapter=model.adapter, task=model.config), args)
+    adapter = ADAPTERS[model.adapter]
+    if args.pictures and not hasattr(adapter, "draw"):
+        raise RWKVError(f"the domain {model.adapter!r} draws no pictures; leave out --pictures")
     for name, value in evaluate(model, config.task, args.split).items():
         print(f"{name:<16} {value:.4f}")
+    if args.pictures:
+        for path in adapter.draw(model, config.task, args.split, args.pictures):
+            print(f"{'picture':<16} {path}")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_core.adapter import ExportSpec, Run
@@ -99,6 +100,16 @@ class ClassifyAdapter:
         """Return the share of correct labels and the mean loss."""
         n = sums["pictures"]
         return {"accuracy": sums["correct"] / n, "loss": sums["nats"] / n}
+
+    def draw(
+        self, model: Classifier, config: ClassifyConfig, split: str, folder: str | Path
+    ) -> list[Path]:
+        """Write a confusion matrix and a grid of answers; return their paths."""
+        from rwkv_core.run import TorchRun
+        from rwkv_vision.pictures import report
+
+        report(TorchRun(model, self.exports(model), self.metadata(model)), config, folder, split)
+        return [Path(folder) / "confusion.png", Path(folder) / "predictions.png"]
 
     def predict(self, run: Run, inputs: Iterable[host.Picture]) -> list[host.Prediction]:
         """Return label, confidence and logits of pictures: paths, Pillow images or arrays."""

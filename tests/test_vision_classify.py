@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from rwkv_core import checkpoint
+from rwkv_core.cli import main
 from rwkv_core.config import override
 from rwkv_core.errors import CheckpointError, ConfigError, DataError, ExportError, TrainingError
 from rwkv_core.registry import ADAPTERS, RECIPES
@@ -212,6 +213,20 @@ def test_timms_optimisers_and_schedules_train_and_resume_exactly(
     resumed = train(result.config, tmp_path / "run", resume=True)
     for key, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, result.model.state_dict()[key]), key
+
+
+def test_the_command_evaluates_and_draws(
+    colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(colors, labels=COLORS)
+    path = checkpoint.save(checkpoint.build("classify", config), tmp_path / "model")
+    argv = ["eval", str(path), "--split", "test", "--pictures", str(tmp_path / "figures")]
+    assert main(argv) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        "confusion.png",
+        "predictions.png",
+    }
 
 
 def test_unknown_optimisers_and_schedules_name_the_nearest(colors: Path, tmp_path: Path) -> None:
