@@ -218,7 +218,7 @@ def test_timms_optimisers_and_schedules_train_and_resume_exactly(
 def test_the_command_evaluates_and_draws(
     colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(colors, labels=COLORS)
+    config = small(colors, labels=tuple(COLORS))
     path = checkpoint.save(checkpoint.build("classify", config), tmp_path / "model")
     argv = ["eval", str(path), "--split", "test", "--pictures", str(tmp_path / "figures")]
     assert main(argv) == 0
