@@ -124,9 +124,10 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                 row = {"step": step, **row, "seconds": round(time.monotonic() - began, 3)}
                 sink.log(row)
                 console.log(row)
-            due = settings.checkpoint_every and step % settings.checkpoint_every == 0
-            if due or last or stop:
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
                 _save(run_dir, model, optim, step)
+        # however the loop ended, and whenever in it a signal came
+        _save(run_dir, model, optim, step)
     console.close()
     plot_losses(run_dir)
     if step < settings.steps and not stop:
