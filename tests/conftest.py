@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils._device
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rwkv_core", "rwkv_text", "rwkv_vision", "rwkv_export")
@@ -98,3 +99,26 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def paint() -> Callable[..., Path]:
+    """Return ``paint(folder, per_class=6) -> folder``: noisy pictures, one colour per class."""
+    shades = {"blue": (40, 40, 220), "green": (30, 200, 60), "red": (220, 40, 40)}
+
+    def fill(folder: Path, per_class: int = 6) -> Path:
+        rng = np.random.default_rng(0)
+        for name, color in shades.items():
+            (folder / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = np.clip(rng.normal(color, 25, (12, 10, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / name / f"{i}.png")
+        return folder
+
+    return fill
+
+
+@pytest.fixture
+def colors(paint: Callable[..., Path], tmp_path: Path) -> Path:
+    """Return a folder of pictures in the classes blue, green and red."""
+    return paint(tmp_path / "colors")

@@ -5,13 +5,13 @@ import json
 import random
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rwkv_export
 import torch
-from PIL import Image
 
 from rwkv_core import checkpoint
 from rwkv_core.cli import main
@@ -30,20 +30,9 @@ from rwkv_vision.host import preprocess
 from rwkv_vision.model import Classifier, load
 from rwkv_vision.sources import labels_of, open_split, stratified
 
-COLORS = {"blue": (40, 40, 220), "green": (30, 200, 60), "red": (220, 40, 40)}
+COLORS = ("blue", "green", "red")
 SMALL = {"embed_dim": 16, "depth": 2, "patch_size": 4}
 adapter = ADAPTERS["classify"]
-
-
-def paint(folder: Path, per_class: int = 6, size: tuple[int, int] = (12, 10)) -> Path:
-    """Fill a folder with noisy pictures of one colour per class."""
-    rng = np.random.default_rng(0)
-    for name, color in COLORS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = np.clip(rng.normal(color, 25, (*size, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
 
 
 def small(data: Path | str, **changes: object) -> ClassifyConfig:
@@ -51,11 +40,6 @@ def small(data: Path | str, **changes: object) -> ClassifyConfig:
         model="test_vrwkv", model_options=SMALL, data=str(data), image_size=(12, 8), batch_size=4
     )
     return dataclasses.replace(config, **changes)
-
-
-@pytest.fixture
-def colors(tmp_path: Path) -> Path:
-    return paint(tmp_path / "colors")
 
 
 def test_fulfils_the_contract_of_a_domain() -> None:
@@ -99,7 +83,7 @@ def test_digits_are_split_before_anything_is_chosen() -> None:
     assert min(np.bincount(parts["test"].targets)) >= 34
 
 
-def test_folders_own_parts_are_used(tmp_path: Path) -> None:
+def test_folders_own_parts_are_used(paint: Callable[..., Path], tmp_path: Path) -> None:
     for part, n in (("train", 10), ("test", 3)):
         paint(tmp_path / part, n)
     config = small(tmp_path)
@@ -218,7 +202,7 @@ def test_timms_optimisers_and_schedules_train_and_resume_exactly(
 def test_the_command_evaluates_and_draws(
     colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(colors, labels=tuple(COLORS))
+    config = small(colors, labels=COLORS)
     path = checkpoint.save(checkpoint.build("classify", config), tmp_path / "model")
     argv = ["eval", str(path), "--split", "test", "--pictures", str(tmp_path / "figures")]
     assert main(argv) == 0

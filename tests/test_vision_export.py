@@ -21,20 +21,8 @@ from rwkv_vision.host import preprocess
 from rwkv_vision.model import Classifier
 from rwkv_vision.pictures import confusion, report
 
-COLORS = {"blue": (40, 40, 220), "green": (30, 200, 60), "red": (220, 40, 40)}
 SMALL = {"embed_dim": 16, "depth": 1, "patch_size": 4}
 adapter = ADAPTERS["classify"]
-
-
-def paint(folder: Path, per_class: int = 6, size: tuple[int, int] = (12, 10)) -> Path:
-    """Fill a folder with noisy pictures of one colour per class."""
-    rng = np.random.default_rng(0)
-    for name, color in COLORS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = np.clip(rng.normal(color, 25, (*size, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
 
 
 def small(data: Path | str, **changes: object) -> ClassifyConfig:
@@ -42,11 +30,6 @@ def small(data: Path | str, **changes: object) -> ClassifyConfig:
         model="test_vrwkv", model_options=SMALL, data=str(data), image_size=(12, 8), batch_size=4
     )
     return dataclasses.replace(config, **changes)
-
-
-@pytest.fixture
-def colors(tmp_path: Path) -> Path:
-    return paint(tmp_path / "colors")
 
 
 WITHOUT_TORCH = """
@@ -62,7 +45,9 @@ print(json.dumps([[p.label, p.confidence, p.logits.tolist()] for p in prediction
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path]:
+def exported(
+    paint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Classifier, Path]:
     """Return a model with noise in every parameter, and the folder its export is in."""
     folder = tmp_path_factory.mktemp("exported")
     config = small(paint(folder / "colors"), uint8_graph=True)
