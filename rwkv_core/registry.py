@@ -95,5 +95,8 @@ MIXERS: Registry[Any] = Registry("mixer", "rwkv_toolkit.mixers")
 ADAPTERS: Registry[Any] = Registry("domain", "rwkv_toolkit.adapters")
 RECIPES: Registry[Any] = Registry("recipe", "rwkv_toolkit.recipes")
 
+MIXERS.register("rwkv4", "rwkv_core.mixers.rwkv4:RWKV4")
+MIXERS.register("rwkv5", "rwkv_core.mixers.rwkv5:RWKV5")
+MIXERS.register("rwkv6", "rwkv_core.mixers.rwkv6:RWKV6")
 MIXERS.register("rwkv7", "rwkv_core.mixers.rwkv7:RWKV7")
 MIXERS.register("none", "rwkv_core.mixers.none:NONE")

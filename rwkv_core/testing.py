@@ -16,7 +16,7 @@ from rwkv_core import checkpoint
 from rwkv_core.backbone import Backbone
 from rwkv_core.config import from_dict, to_dict
 from rwkv_core.mixers.base import Mixer, Shared
-from rwkv_core.registry import ADAPTERS
+from rwkv_core.registry import ADAPTERS, MIXERS
 from rwkv_core.state import pack
 from rwkv_core.train.config import TrainSettings
 from rwkv_core.train.optim import optimizer, param_groups
@@ -91,7 +91,12 @@ def check_mixer(name: str, *, dim: int = 32, depth: int = 2, **options: Any) -> 
     rows of a batch do not see each other; T = 0 changes nothing; every parameter gets a gradient,
     the same under activation checkpointing, and is in exactly one optimiser group; the state stays
     fp32 under bf16 autocast; the trunk compiles without graph breaks and exports strictly.
+
+    Heads, where the mixer has them, are of half the width unless ``options`` say otherwise: one
+    head would hide what goes to the wrong one.
     """
+    if "head_dim" in MIXERS[name].options():
+        options = {"head_dim": dim // 2, **options}
     trunk = Backbone(dim, depth, mixer=name, mixer_options=options)
     for half in ("time_mix", "channel_mix"):
         assert isinstance(getattr(trunk.blocks[0], half), Mixer), f"{half} is no Mixer"

@@ -1,5 +1,8 @@
 """The contract every mixer keeps, and the small pieces that several generations share."""
 
+from __future__ import annotations
+
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 
 from rwkv_core.errors import ConfigError, did_you_mean
 
-__all__ = ["Generation", "HeadNorm", "LayerState", "Mixer", "ParamGroup", "Shared"]
+__all__ = [
+    "Generation", "HeadNorm", "LayerState", "MatrixState", "Mixer", "ParamGroup", "Shared",
+]  # fmt: skip
 
 LayerState = Any  # a NamedTuple of tensors, declared in the mixer's own file
 
@@ -21,6 +26,37 @@ class Shared(NamedTuple):
 
     tokens: Tensor | None = None  # token ids, for mixers indexed by token
     v_first: Tensor | None = None  # RWKV-7: the value of the first layer
+
+
+class MatrixState(NamedTuple):
+    """What a layer of generations 5, 6 and 7 remembers.
+
+    Two last tokens in the dtype of the activations, and one matrix per head in fp32.
+    """
+
+    att_shift_BD: Tensor
+    wkv_BHKV: Tensor
+    ffn_shift_BD: Tensor
+
+    @classmethod
+    def zeros(cls, batch: int, dim: int, head_dim: int, *, device: Any, dtype: Any) -> MatrixState:
+        """Return the state before the first token; ``dtype`` is that of the activations."""
+        new = functools.partial(torch.zeros, device=device)
+        wkv_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            new(batch, dim, dtype=dtype),
+            new(batch, dim // head_dim, head_dim, head_dim, dtype=wkv_dtype),
+            new(batch, dim, dtype=dtype),
+        )
+
+    def tuned(self, start_HKV: Tensor) -> MatrixState:
+        """Return the same shifts with the given matrices in every row of the batch."""
+        start_BHKV = start_HKV.expand_as(self.wkv_BHKV)
+        return self._replace(wkv_BHKV=start_BHKV.to(self.wkv_BHKV.dtype))
+
+    def mix(self, other: MatrixState, weight: float) -> MatrixState:
+        """Return ``(1 - weight)·self + weight·other``: the recurrence is linear in its state."""
+        return MatrixState(*(torch.lerp(a, b, weight) for a, b in zip(self, other, strict=True)))
 
 
 class ParamGroup(NamedTuple):
@@ -35,8 +71,13 @@ class Mixer(nn.Module):
     """One half of a block: a map over tokens that carries a state and its own training recipe.
 
     A mixer implements ``forward(x_BTD, state, shared) -> (y_BTD, state, shared)``, ``step`` (the
-    same for one token of each sequence, in plain operations that export), ``reset_parameters`` and,
-    when its learning rates differ, ``lr_scales``. A time mixer also owns ``init_state``.
+    same for one token of each sequence, in plain operations that export) and ``reset_parameters``.
+    A time mixer also owns ``init_state``. Parameters bear the names of the official files; what is
+    particular about some of them stands in class attributes:
+
+        lr_scales         name → factor of the learning rate
+        official_rows     vectors [D] that official files hold as [1, 1, D]
+        full_precision    parameters that stay in fp32 when a model is cast to 16 bit
 
     A step works time first: its token is [1, B, D], and its state tensors [1, B, ...] are one row
     of the states of all layers [L, B, ...]. So nothing is squeezed or stacked on the way, which is
@@ -46,6 +87,8 @@ class Mixer(nn.Module):
     causal: ClassVar[bool] = True
     exportable: ClassVar[bool] = True
     lr_scales: ClassVar[Mapping[str, float]] = {}
+    official_rows: ClassVar[frozenset[str]] = frozenset()
+    full_precision: ClassVar[frozenset[str]] = frozenset()
     state_type: ClassVar[Any] = tuple
 
     def init_state(self, batch: int, *, device: Any = None, dtype: Any = torch.float32) -> Any:
@@ -80,6 +123,11 @@ class Generation(NamedTuple):
     time_mix: type[Mixer]
     channel_mix: type[Mixer]
 
+    def options(self) -> set[str]:
+        """Return the names of the options that this generation's mixers take."""
+        both = _parameters(self.time_mix) | _parameters(self.channel_mix)
+        return both - {"dim", "layer", "depth"}
+
     def build(
         self, dim: int, *, layer: int, depth: int, options: Mapping[str, Any]
     ) -> tuple[Mixer, Mixer]:
@@ -89,12 +137,11 @@ class Generation(NamedTuple):
             ConfigError: an option that neither mixer takes (the nearest ones are named), or a value
                 that does not fit.
         """
-        accepted = [set(inspect.signature(cls).parameters) for cls in self]
-        known = (accepted[0] | accepted[1]) - {"dim", "layer", "depth"}
+        known = self.options()
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown mixer option {name!r}; {did_you_mean(name, known)}")
-        own = [{n: v for n, v in options.items() if n in names} for names in accepted]
+        own = [{n: v for n, v in options.items() if n in _parameters(cls)} for cls in self]
         try:
             return (
                 self.time_mix(dim, layer=layer, depth=depth, **own[0]),
@@ -102,6 +149,10 @@ class Generation(NamedTuple):
             )
         except TypeError as error:
             raise ConfigError(f"mixer options {dict(options)} do not fit: {error}") from error
+
+
+def _parameters(cls: type[Mixer]) -> set[str]:
+    return set(inspect.signature(cls).parameters)
 
 
 class HeadNorm(nn.Module):

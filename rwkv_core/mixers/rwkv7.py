@@ -19,7 +19,6 @@ T (``x_D``, ``r_H1K``) belong to code that both paths use: a sequence brings [B,
 [1, B, ...].
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,26 +26,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, check_heads, lora_rank
+from rwkv_core.mixers.base import (
+    Generation,
+    HeadNorm,
+    MatrixState,
+    Mixer,
+    Shared,
+    check_heads,
+    lora_rank,
+)  # fmt: skip
 from rwkv_core.ops._common import WKVOutput, state_dtype
 from rwkv_core.ops.shift import token_shift
 from rwkv_core.ops.wkv7 import wkv7, wkv7_step
 
-__all__ = ["RWKV7", "ChannelMix7", "LayerState7", "Projections7", "TimeMix7"]
+__all__ = ["RWKV7", "ChannelMix7", "Projections7", "TimeMix7"]
 
 MAX_LOG_DECAY = math.exp(-0.5)
-
-
-class LayerState7(NamedTuple):
-    """What one layer remembers: two last tokens in the dtype of the activations, S in fp32."""
-
-    att_shift_BD: Tensor
-    wkv_BHKV: Tensor
-    ffn_shift_BD: Tensor
-
-    def mix(self, other: "LayerState7", weight: float) -> "LayerState7":
-        """Return ``(1 - weight)·self + weight·other``: this generation's state is linear."""
-        return LayerState7(*(torch.lerp(a, b, weight) for a, b in zip(self, other, strict=True)))
 
 
 class Projections7(NamedTuple):
@@ -72,6 +67,7 @@ class TimeMix7(Mixer):
         decay_rank, iclr_rank, value_rank, gate_rank: inner sizes of the low-rank maps of w, α, ν
             and g; None is the official rule.
         norm_eps: eps of the per-head norm.
+        tuned_state: learn the state before the first token, ``time_state`` [H, K, V].
         impl: implementation of the op, as in :func:`rwkv_core.ops.wkv7`.
 
     A domain recombines the pieces: its own shift before :meth:`project`, its own scan in place of
@@ -79,7 +75,9 @@ class TimeMix7(Mixer):
     """
 
     lr_scales = {"w0": 2.0}  # noqa: RUF012 - a constant of the recipe
-    state_type = LayerState7
+    official_rows = frozenset(("w0", "a0", "v0", "k_k", "k_a", *(f"x_{c}" for c in "rwkvag")))
+    full_precision = frozenset(("w0", "time_state"))
+    state_type = MatrixState
 
     def __init__(
         self,
@@ -93,6 +91,7 @@ class TimeMix7(Mixer):
         value_rank: int | None = None,
         gate_rank: int | None = None,
         norm_eps: float = 64e-5,
+        tuned_state: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -115,6 +114,7 @@ class TimeMix7(Mixer):
         self.g1, self.g2 = vector(dim, rank), vector(rank, dim)
         self.k_k, self.k_a = vector(), vector()
         self.r_k = vector(dim // head_dim, head_dim)
+        self.time_state = vector(dim // head_dim, head_dim, head_dim) if tuned_state else None
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
@@ -143,6 +143,7 @@ class TimeMix7(Mixer):
             key                     orthogonal, gain 0.1
             output                  0: a block is the identity at the start
             ln_x                    weight ((1 + layer)/depth)^0.7, bias 0
+            time_state              0, where there is one
         """
         D, N = self.dim, self.head_dim
         rho = self.layer / max(self.depth - 1, 1)
@@ -170,23 +171,19 @@ class TimeMix7(Mixer):
         nn.init.zeros_(self.output.weight)
         self.ln_x.weight.fill_(((1 + self.layer) / self.depth) ** 0.7)
         self.ln_x.bias.zero_()
+        if self.time_state is not None:
+            self.time_state.zero_()
 
     def init_state(
         self, batch: int, *, device: Any = None, dtype: torch.dtype = torch.float32
-    ) -> LayerState7:
-        """Return the state before the first token: zeros. ``dtype`` is that of the activations."""
-        new = functools.partial(torch.zeros, device=device)
-        shape = (batch, self.dim // self.head_dim, self.head_dim, self.head_dim)
-        wkv_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return LayerState7(
-            new(batch, self.dim, dtype=dtype),
-            new(shape, dtype=wkv_dtype),
-            new(batch, self.dim, dtype=dtype),
-        )
+    ) -> MatrixState:
+        """Return the state before the first token: zeros, or the tuned matrices."""
+        state = MatrixState.zeros(batch, self.dim, self.head_dim, device=device, dtype=dtype)
+        return state if self.time_state is None else state.tuned(self.time_state)
 
     def forward(
-        self, x_BTD: Tensor, state: LayerState7, shared: Shared
-    ) -> tuple[Tensor, LayerState7, Shared]:
+        self, x_BTD: Tensor, state: MatrixState, shared: Shared
+    ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
         mix_6D = self.shift_mix()[:, None, None]
@@ -197,8 +194,8 @@ class TimeMix7(Mixer):
         return self.finish(y_BTHV[..., None, :], p), state, shared
 
     def step(
-        self, x_1BD: Tensor, state: LayerState7, shared: Shared
-    ) -> tuple[Tensor, LayerState7, Shared]:
+        self, x_1BD: Tensor, state: MatrixState, shared: Shared
+    ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
         mix_6D = self.shift_mix()[:, None]
         mixed = torch.addcmul(x_1BD, state.att_shift_BD - x_1BD, mix_6D).split(1)
@@ -262,6 +259,8 @@ class ChannelMix7(Mixer):
         hidden_dim: inner width; None is 4·D.
     """
 
+    official_rows = frozenset(("x_k",))
+
     def __init__(
         self, dim: int, *, layer: int = 0, depth: int = 12, hidden_dim: int | None = None
     ) -> None:
@@ -286,15 +285,15 @@ class ChannelMix7(Mixer):
         nn.init.zeros_(self.value.weight)
 
     def forward(
-        self, x_BTD: Tensor, state: LayerState7, shared: Shared
-    ) -> tuple[Tensor, LayerState7, Shared]:
+        self, x_BTD: Tensor, state: MatrixState, shared: Shared
+    ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.ffn_shift_BD)
         return self.mix(x_BTD, previous_BTD), state._replace(ffn_shift_BD=last_BD), shared
 
     def step(
-        self, x_1BD: Tensor, state: LayerState7, shared: Shared
-    ) -> tuple[Tensor, LayerState7, Shared]:
+        self, x_1BD: Tensor, state: MatrixState, shared: Shared
+    ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
         y_1BD = self.mix(x_1BD, state.ffn_shift_BD)
         return y_1BD, state._replace(ffn_shift_BD=x_1BD), shared

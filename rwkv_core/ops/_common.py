@@ -32,3 +32,16 @@ def check_shapes(op: str, first: Tensor, others: Mapping[str, Tensor]) -> tuple[
                 f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(first.shape)}"
             )
     return tuple(first.shape)
+
+
+def check_state(op: str, state_BHKV: Tensor | None, key_dim: int, v_BTHV: Tensor) -> Tensor:
+    """Return the state before the first token, zeros for None; raise ValueError if it misfits."""
+    B, _, H, V = v_BTHV.shape
+    shape = (B, H, key_dim, V)
+    if state_BHKV is None:
+        return v_BTHV.new_zeros(shape, dtype=state_dtype(v_BTHV))
+    if state_BHKV.shape != shape:
+        raise ValueError(
+            f"{op}: state has shape {tuple(state_BHKV.shape)}, expected {shape} [B, H, K, V]"
+        )
+    return state_BHKV

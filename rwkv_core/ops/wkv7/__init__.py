@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
-from rwkv_core.ops._common import WKVOutput, check_shapes, state_dtype
+from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, state_dtype
 from rwkv_core.ops.wkv7.chunked import wkv7_chunked
 from rwkv_core.ops.wkv7.reference import wkv7_reference, wkv7_step
 
@@ -45,19 +45,13 @@ def wkv7(
         ValueError: a shape that does not fit the others.
         ConfigError: an unknown ``impl``; the nearest one is named.
     """
-    B, _, H, K = check_shapes("wkv7", r_BTHK, {"w": w_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK})
+    *_, K = check_shapes("wkv7", r_BTHK, {"w": w_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK})
     check_shapes("wkv7", r_BTHK[..., :1], {"v": v_BTHV[..., :1]})
-    V = v_BTHV.shape[-1]
-    dtype = state_dtype(v_BTHV)
-    if state_BHKV is None:
-        state_BHKV = v_BTHV.new_zeros(B, H, K, V, dtype=dtype)
-    elif state_BHKV.shape != (B, H, K, V):
-        raise ValueError(
-            f"wkv7: state has shape {tuple(state_BHKV.shape)}, expected {(B, H, K, V)} [B, H, K, V]"
-        )
+    state_BHKV = check_state("wkv7", state_BHKV, K, v_BTHV)
     run = IMPLS.get("chunked" if impl == "auto" else impl)
     if run is None:
         raise ConfigError(f"wkv7: unknown impl {impl!r}; {did_you_mean(impl, ['auto', *IMPLS])}")
+    dtype = state_dtype(v_BTHV)
     inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
     with torch.autocast(v_BTHV.device.type, enabled=False):
         y_BTHV, state_BHKV = run(*(x.to(dtype) for x in inputs))

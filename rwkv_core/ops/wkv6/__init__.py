@@ -1,0 +1,57 @@
+"""WKV-6, the decayed outer products of RWKV-5 and RWKV-6: public op, implementations, its step."""
+
+import torch
+from torch import Tensor
+
+from rwkv_core.errors import ConfigError, did_you_mean
+from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, state_dtype
+from rwkv_core.ops.wkv6.chunked import wkv6_chunked
+from rwkv_core.ops.wkv6.reference import wkv6_reference, wkv6_step
+
+__all__ = ["IMPLS", "wkv6", "wkv6_step"]
+
+IMPLS = {"reference": wkv6_reference, "chunked": wkv6_chunked}
+
+
+def wkv6(
+    r_BTHK: Tensor,
+    w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    u_HK: Tensor,
+    state_BHKV: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> WKVOutput:
+    """Run the RWKV-6 recurrence over a sequence.
+
+    Args:
+        r_BTHK: receptance [B, T, H, K]: what is read from the state.
+        w_BTHK: log-decay [B, T, H, K], ≤ 0, of any size; RWKV-5 passes the same for every token.
+        k_BTHK: key [B, T, H, K]: where the value is written.
+        v_BTHV: value [B, T, H, V].
+        u_HK: bonus of the current token [H, K].
+        state_BHKV: state before the first token [B, H, K, V]; zeros if None.
+        impl: ``"reference"`` (time loop) or ``"chunked"`` (matrix products); ``"auto"`` is chunked.
+
+    Returns:
+        ``WKVOutput(y_BTHV, state_BHKV)``: y in the dtype of ``v``, the state in fp32 (fp64 for fp64
+        inputs). T = 0 returns an empty y and the state unchanged.
+
+    Raises:
+        ValueError: a shape that does not fit the others.
+        ConfigError: an unknown ``impl``; the nearest one is named.
+    """
+    _, _, H, K = check_shapes("wkv6", r_BTHK, {"w": w_BTHK, "k": k_BTHK})
+    check_shapes("wkv6", r_BTHK[..., :1], {"v": v_BTHV[..., :1]})
+    if u_HK.shape != (H, K):
+        raise ValueError(f"wkv6: u has shape {tuple(u_HK.shape)}, expected {(H, K)} [H, K]")
+    state_BHKV = check_state("wkv6", state_BHKV, K, v_BTHV)
+    run = IMPLS.get("chunked" if impl == "auto" else impl)
+    if run is None:
+        raise ConfigError(f"wkv6: unknown impl {impl!r}; {did_you_mean(impl, ['auto', *IMPLS])}")
+    dtype = state_dtype(v_BTHV)
+    inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state_BHKV)
+    with torch.autocast(v_BTHV.device.type, enabled=False):
+        y_BTHV, state_BHKV = run(*(x.to(dtype) for x in inputs))
+    return WKVOutput(y_BTHV.to(v_BTHV.dtype), state_BHKV)
