@@ -78,6 +78,8 @@ class Mixer(nn.Module):
         lr_scales         name → factor of the learning rate
         official_rows     vectors [D] that official files hold as [1, 1, D]
         full_precision    parameters that stay in fp32 when a model is cast to 16 bit
+        fp16_scaled       weights that feed the residual stream of a generation whose stream
+                          outgrows fp16, and shrink with it; none where it does not
 
     A step works time first: its token is [1, B, D], and its state tensors [1, B, ...] are one row
     of the states of all layers [L, B, ...]. So nothing is squeezed or stacked on the way, which is
@@ -89,6 +91,7 @@ class Mixer(nn.Module):
     lr_scales: ClassVar[Mapping[str, float]] = {}
     official_rows: ClassVar[frozenset[str]] = frozenset()
     full_precision: ClassVar[frozenset[str]] = frozenset()
+    fp16_scaled: ClassVar[tuple[str, ...]] = ()
     state_type: ClassVar[Any] = tuple
 
     def init_state(self, batch: int, *, device: Any = None, dtype: Any = torch.float32) -> Any:

@@ -68,6 +68,7 @@ class TimeMix4(Mixer):
     lr_scales = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012 - constants of the recipe
     official_rows = frozenset(("time_mix_k", "time_mix_v", "time_mix_r"))
     full_precision = frozenset(("time_decay", "time_first"))
+    fp16_scaled = ("output",)
     state_type = LayerState4
 
     def __init__(self, dim: int, *, layer: int = 0, depth: int = 12, impl: str = "auto") -> None:
@@ -163,6 +164,7 @@ class ChannelMix4(Mixer):
     """
 
     official_rows = frozenset(("time_mix_k", "time_mix_r"))
+    fp16_scaled = ("value",)
 
     def __init__(
         self, dim: int, *, layer: int = 0, depth: int = 12, hidden_dim: int | None = None

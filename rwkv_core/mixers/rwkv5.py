@@ -66,6 +66,7 @@ class TimeMix5(Mixer):
     lr_scales = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012 - constants of the recipe
     official_rows = frozenset(f"time_mix_{c}" for c in "kvrg")
     full_precision = frozenset(("time_decay", "time_first", "time_faaaa"))
+    fp16_scaled = ("output",)
     state_type = MatrixState
 
     def __init__(

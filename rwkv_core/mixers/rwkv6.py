@@ -64,6 +64,7 @@ class TimeMix6(Mixer):
     lr_scales = {"time_decay": 2.0}  # noqa: RUF012 - a constant of the recipe
     official_rows = frozenset(("time_decay", *(f"time_maa_{c}" for c in "xwkvrg")))
     full_precision = frozenset(("time_decay", "time_faaaa", "time_state"))
+    fp16_scaled = ("output",)
     state_type = MatrixState
 
     def __init__(
@@ -216,6 +217,7 @@ class ChannelMix6(Mixer):
     """
 
     official_rows = frozenset(("time_maa_k", "time_maa_r"))
+    fp16_scaled = ("value",)
 
     def __init__(
         self, dim: int, *, layer: int = 0, depth: int = 12, hidden_dim: int | None = None
