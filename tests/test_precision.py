@@ -113,7 +113,7 @@ def test_a_stream_too_large_for_fp16_fits_after_scaling(monkeypatch):
     last = model.backbone.blocks[-1].channel_mix.value.weight
     tokens = torch.randint(256, (1, 64))
     model(tokens)
-    last.mul_(3e5 / ends[-1].amax())
+    last.mul_(1.8e5 / ends[-1].amax())
     exact = model(tokens).logits_BTV
     assert ends[-1].amax() > 65504
     budget = UNIT[torch.float16] * math.sqrt(ROUNDED * 12 / 3)
