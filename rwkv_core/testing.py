@@ -4,10 +4,15 @@ Each check raises AssertionError with what differed. ``tests/`` shows them at wo
 """
 
 import copy
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +26,10 @@ from rwkv_core.state import pack
 from rwkv_core.train.config import TrainSettings
 from rwkv_core.train.optim import optimizer, param_groups
 
-__all__ = ["check_adapter", "check_mixer", "check_op", "perturb", "relative_error"]
+__all__ = [
+    "Mutation", "check_adapter", "check_mixer", "check_op", "is_caught", "perturb",
+    "relative_error",
+]  # fmt: skip
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -246,3 +254,59 @@ def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, (tuple, list)):
         return [t for item in batch for t in _tensors(item)]
     return []
+
+
+class Mutation(NamedTuple):
+    """A fault to inject: in ``file``, ``old`` becomes ``new``; ``test`` must then fail.
+
+    ``test`` is what follows ``pytest``: a file, a test's id, perhaps ``-k WORDS``. Some faults need
+    a second replacement in the same file.
+    """
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    test: str
+    also: tuple[str, str] | None = None
+
+    def apply(self, source: str) -> str:
+        """Return the source with the fault.
+
+        Raises:
+            ValueError: what is to be replaced is not there exactly once.
+        """
+        for old, new in [(self.old, self.new), *([self.also] if self.also else [])]:
+            if source.count(old) != 1:
+                raise ValueError(f"{self.fault}: {self.file} has {source.count(old)} times {old!r}")
+            source = source.replace(old, new)
+        return source
+
+
+def is_caught(mutation: Mutation, root: Path) -> bool:
+    """Inject a fault into a copy of a project and say whether the named test fails there.
+
+    Args:
+        mutation: the fault; its paths are relative to ``root``.
+        root: the project's folder, with its tests.
+
+    Raises:
+        RuntimeError: the test did not run: a syntax error in the fault, or no such test.
+    """
+    skipped = shutil.ignore_patterns(".*", "runs", "dist", "build", "__pycache__")
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(shutil.copytree(root, Path(folder) / "mutant", ignore=skipped))
+        file = copied / mutation.file
+        file.write_text(mutation.apply(file.read_text("utf-8")), "utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+        paths = os.pathsep.join([str(copied), str(copied / "export")])
+        result = subprocess.run(
+            [*command, *shlex.split(mutation.test)],
+            cwd=copied,
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+        )
+    if result.returncode not in (0, 1):
+        raise RuntimeError(f"{mutation.test} did not run: {result.stdout}{result.stderr}")
+    return result.returncode == 1

@@ -1,9 +1,12 @@
 """Training runs as functions: each docstring says what it takes and what it gave."""
 
+from dataclasses import replace
+
+from rwkv_core.registry import MIXERS
 from rwkv_core.train.config import TrainConfig, TrainSettings
 from rwkv_text.config import TextConfig
 
-__all__ = ["pydoc", "text"]
+__all__ = ["pydoc", "text", "with_mixer"]
 
 
 def text() -> TrainConfig:
@@ -32,3 +35,10 @@ def pydoc() -> TrainConfig:
             steps=900, lr=4e-3, lr_final=1e-5, warmup_steps=10, weight_decay=0.1, log_every=50
         ),
     )
+
+
+def with_mixer(config: TrainConfig, mixer: str) -> TrainConfig:
+    """Return the same run with another generation; options that it does not take are left out."""
+    taken = MIXERS[mixer].options()
+    options = {n: v for n, v in config.task.mixer_options.items() if n in taken}
+    return replace(config, task=replace(config.task, mixer=mixer, mixer_options=options))

@@ -23,6 +23,7 @@ from rwkv_export._export import Report, export
 from rwkv_export.runtime import load
 from rwkv_text.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from rwkv_text.data import split_documents
+from rwkv_text.recipes import with_mixer
 
 __all__ = ["run"]
 
@@ -84,7 +85,7 @@ def run(out: Path, *, seconds: float = 95.0, mixer: str = "rwkv7") -> None:
 
 
 def _text(out: Path, seconds: float, mixer: str) -> dict[str, str]:
-    config = override(RECIPES["pydoc"](), f"task.mixer={mixer}")
+    config = with_mixer(RECIPES["pydoc"](), mixer)
     threads, per_step = probe_threads(config)
     config = _set(config, threads=threads, steps=max(20, int(seconds / per_step)))
     result = _train(config, out / "run", per_step, seconds * BUSY)
