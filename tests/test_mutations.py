@@ -50,7 +50,7 @@ MUTATIONS = [
     Mutation("7: chunk inverse as a product", f"{WKV7}/chunked.py", "torch.linalg.solve_triangular(unit - A_ab, rhs, upper=False, unitriangular=True)", "(unit + A_ab) @ (unit + A_ab @ A_ab) @ rhs", OP7),
     Mutation("7: chunk drops the state", f"{WKV7}/chunked.py", "decay * state_BHKV + s_v", "s_v", OP7),
     # generation 6
-    Mutation("6: shift order r w k v g", V6, "x_w, x_k, x_v, x_r, x_g = self.shift_mix", "x_r, x_w, x_k, x_v, x_g = self.shift_mix", NUMPY),
+    Mutation("6: shift order r w k v g", V6, "x_w, x_k, x_v, x_r, x_g = mixed", "x_r, x_w, x_k, x_v, x_g = mixed", NUMPY),
     Mutation("6: no tanh in the shift", V6, "h_R = torch.tanh(torch.addcmul(x_D, d_D, self.time_maa_x) @ self.time_maa_w1)", "h_R = torch.addcmul(x_D, d_D, self.time_maa_x) @ self.time_maa_w1", NUMPY),
     Mutation("6: no tanh in the decay", V6, "torch.tanh(x_w @ self.time_decay_w1)", "(x_w @ self.time_decay_w1)", NUMPY),
     Mutation("6: decay's sign", V6, "(r, -raw_D.exp(), k, v)", "(r, -(-raw_D).exp(), k, v)", NUMPY),
@@ -80,7 +80,7 @@ MUTATIONS = [
     Mutation("4: scan joins with one decay", f"{WKV4}/scan.py", "+ n * w_D", "+ w_D", OP4),
     Mutation("4: states mixed as if linear", V4, "torch.lerp(a * self.wkv_num_BD, b * other.wkv_num_BD", "torch.lerp(self.wkv_num_BD, other.wkv_num_BD", "tests/test_generations.py -k mixture"),
     Mutation("4: receptance without σ", V4, "torch.sigmoid(self.receptance(x_r)), self.key", "self.receptance(x_r), self.key", NUMPY),
-    Mutation("4: mixing turned round", V4, "torch.lerp(previous_D, x_D, mix_D)", "torch.lerp(x_D, previous_D, mix_D)", NUMPY),
+    Mutation("4: mixing turned round", V4, "torch.addcmul(previous_BTD, x_BTD - previous_BTD, mix_3D)", "torch.addcmul(x_BTD, previous_BTD - x_BTD, mix_3D)", NUMPY),
     Mutation("4: time_first all ones", V4, "math.log(0.3) + 0.5 * ((n + 1) % 3 - 1)", "torch.ones(self.dim)", INIT),
     # what all share
     Mutation("norm over the width, not the head", BASE, "y_H1V = F.layer_norm(y_H1V, rows[-1:], eps=self.eps)", "y_H1V = F.layer_norm(y_H1V, y_H1V.shape[-3:], eps=self.eps)", NUMPY),

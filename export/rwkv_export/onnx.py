@@ -3,9 +3,11 @@
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
@@ -29,7 +31,10 @@ def write_onnx(spec: ExportSpec, path: Path) -> onnx.ModelProto:
             came out fixed.
     """
     inputs = {**spec.inputs, **spec.state}
-    tensors = tuple(torch.from_numpy(array) for array in inputs.values())
+    tensors = tuple(
+        torch.from_numpy(_not_one(array, spec.dynamic.get(name, {})))
+        for name, array in inputs.items()
+    )
     outputs = [*spec.outputs, *(f"{name}_out" for name in spec.state)]
     dims: dict[str, torch.export.Dim] = {}
     shapes = tuple(
@@ -75,6 +80,14 @@ def write_onnx(spec: ExportSpec, path: Path) -> onnx.ModelProto:
     onnx.save(model, path, **options)  # type: ignore[arg-type]
     onnx.checker.check_model(path)
     return model
+
+
+def _not_one(array: np.ndarray, axes: Iterable[int]) -> np.ndarray:
+    """Return an example without free axes of size 1, which tracing would take for fixed."""
+    for axis in axes:
+        if array.shape[axis] == 1:
+            array = array.repeat(2, axis)
+    return array
 
 
 def nodes_per_op(model: onnx.ModelProto) -> dict[str, int]:

@@ -17,6 +17,7 @@ use: a sequence brings [B, T, ...], one step [1, B, ...].
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +125,9 @@ class TimeMix4(Mixer):
     ) -> tuple[Tensor, LayerState4, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
-        r, k, v = self.project(x_BTD, previous_BTD)
+        mix_3D = self.shift_mix()[:, None, None]
+        mixed = torch.addcmul(previous_BTD, x_BTD - previous_BTD, mix_3D).unbind()
+        r, k, v = self.project(mixed)
         sums = WKV4State(state.wkv_num_BD, state.wkv_den_BD, state.wkv_max_BD)
         y_BTD, sums = wkv4(self.log_decay(), self.time_first, k, v, sums, impl=self.impl)
         return self.output(r * y_BTD), LayerState4(last_BD, *sums, state.ffn_shift_BD), shared
@@ -133,19 +136,21 @@ class TimeMix4(Mixer):
         self, x_1BD: Tensor, state: LayerState4, shared: Shared
     ) -> tuple[Tensor, LayerState4, Shared]:
         """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
-        r, k, v = self.project(x_1BD, state.att_shift_BD)
+        previous_1BD, mix_3D = state.att_shift_BD, self.shift_mix()[:, None]
+        r, k, v = self.project(torch.addcmul(previous_1BD, x_1BD - previous_1BD, mix_3D).split(1))
         dtype = state.wkv_num_BD.dtype
         w, u, k, v = (x.to(dtype) for x in (self.log_decay(), self.time_first, k, v))
         y_1BD, sums = wkv4_step(w, u, k, v, (state.wkv_num_BD, state.wkv_den_BD, state.wkv_max_BD))
         y_1BD = self.output(r * y_1BD.to(x_1BD.dtype))
         return y_1BD, LayerState4(x_1BD, *sums, state.ffn_shift_BD), shared
 
-    def project(self, x_D: Tensor, previous_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return receptance, key and value of tokens [..., D] and their predecessors."""
-        x_k, x_v, x_r = (
-            torch.lerp(previous_D, x_D, mix_D)
-            for mix_D in (self.time_mix_k, self.time_mix_v, self.time_mix_r)
-        )
+    def shift_mix(self) -> Tensor:
+        """Return the share of the token in each of the three inputs [3, D]: k v r."""
+        return torch.stack([self.time_mix_k, self.time_mix_v, self.time_mix_r])
+
+    def project(self, mixed: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return receptance, key and value of the three shifted inputs [..., D] (k v r)."""
+        x_k, x_v, x_r = mixed
         return torch.sigmoid(self.receptance(x_r)), self.key(x_k), self.value(x_v)
 
     def log_decay(self) -> Tensor:
@@ -205,8 +210,9 @@ class ChannelMix4(Mixer):
 
     def mix(self, x_D: Tensor, previous_D: Tensor) -> Tensor:
         """Expand the interpolated token [..., D], square, project back, gate by the receptance."""
-        x_k = torch.lerp(previous_D, x_D, self.time_mix_k)
-        x_r = torch.lerp(previous_D, x_D, self.time_mix_r)
+        d_D = x_D - previous_D
+        x_k = torch.addcmul(previous_D, d_D, self.time_mix_k)
+        x_r = torch.addcmul(previous_D, d_D, self.time_mix_r)
         hidden = torch.relu(self.key(x_k)).square()
         return torch.sigmoid(self.receptance(x_r)) * self.value(hidden)
 

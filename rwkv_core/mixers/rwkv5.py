@@ -24,6 +24,7 @@ T (``x_D``, ``r_H1K``) belong to code that both paths use: a sequence brings [B,
 [1, B, ...].
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +154,8 @@ class TimeMix5(Mixer):
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
-        p = self.project(x_BTD, previous_BTD)
+        mix_4D = self.shift_mix()[:, None, None]
+        p = self.project(torch.addcmul(previous_BTD, x_BTD - previous_BTD, mix_4D).unbind())
         r, k, v = (row.squeeze(-2) for row in p[:3])
         w_H1K, u_H1K = self.decay_and_bonus()
         w_BTHK = w_H1K.squeeze(-2).expand_as(k)
@@ -165,7 +167,8 @@ class TimeMix5(Mixer):
         self, x_1BD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
-        p = self.project(x_1BD, state.att_shift_BD)
+        previous_1BD, mix_4D = state.att_shift_BD, self.shift_mix()[:, None]
+        p = self.project(torch.addcmul(previous_1BD, x_1BD - previous_1BD, mix_4D).split(1))
         w, u = self.decay_and_bonus()
         wkv_BHKV = state.wkv_BHKV
         r, w, k, v, u = (x.to(wkv_BHKV.dtype) for x in (p[0], w, *p[1:3], u))
@@ -173,15 +176,18 @@ class TimeMix5(Mixer):
         state = state._replace(att_shift_BD=x_1BD, wkv_BHKV=wkv_BHKV)
         return self.finish(y_1BH1V.to(x_1BD.dtype), p.g_D), state, shared
 
-    def project(self, x_D: Tensor, previous_D: Tensor) -> Projections5:
-        """Compute what the recurrence reads from tokens [..., D] and their predecessors."""
-        r = self.heads(self.receptance(torch.lerp(previous_D, x_D, self.time_mix_r)))
-        k = self.heads(self.key(torch.lerp(previous_D, x_D, self.time_mix_k)))
-        v = self.heads(self.value(torch.lerp(previous_D, x_D, self.time_mix_v)))
-        if self.gate is None or self.time_mix_g is None:
-            return Projections5(r, k, v, None)
-        g_D = F.silu(self.gate(torch.lerp(previous_D, x_D, self.time_mix_g)))
-        return Projections5(r, k, v, g_D)
+    def shift_mix(self) -> Tensor:
+        """Return the share of the token in each input [3 or 4, D]: r k v and perhaps g."""
+        mix: list[Tensor] = [self.time_mix_r, self.time_mix_k, self.time_mix_v]
+        if self.time_mix_g is not None:
+            mix.append(self.time_mix_g)
+        return torch.stack(mix)
+
+    def project(self, mixed: Sequence[Tensor]) -> Projections5:
+        """Compute what the recurrence reads from the shifted inputs [..., D] (r k v, perhaps g)."""
+        r, k, v = self.receptance(mixed[0]), self.key(mixed[1]), self.value(mixed[2])
+        r, k, v = (x.unflatten(-1, (-1, 1, self.head_dim)) for x in (r, k, v))
+        return Projections5(r, k, v, None if self.gate is None else F.silu(self.gate(mixed[3])))
 
     def decay_and_bonus(self) -> tuple[Tensor, Tensor]:
         """Return w (< 0, in fp32 at least) and u as rows [H, 1, K]."""
@@ -196,10 +202,6 @@ class TimeMix5(Mixer):
         """Normalise each head, gate, and project out."""
         y_D = self.ln_x(y_H1V).flatten(-3)
         return self.output(y_D if g_D is None else y_D * g_D)
-
-    def heads(self, x_D: Tensor) -> Tensor:
-        """View [..., D] as rows [..., H, 1, K]."""
-        return x_D.unflatten(-1, (-1, 1, self.head_dim))
 
 
 class ChannelMix5(ChannelMix4):

@@ -19,6 +19,7 @@ that begin after B and T (``x_D``, ``r_H1K``) belong to code that both paths use
 [B, T, ...], one step [1, B, ...].
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -162,7 +163,9 @@ class TimeMix6(Mixer):
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
-        p = self.project(x_BTD, previous_BTD)
+        d_BTD = previous_BTD - x_BTD
+        mix_5BTD = self.shift_mix(x_BTD, d_BTD).view(5, *x_BTD.shape)
+        p = self.project(torch.addcmul(x_BTD, d_BTD, mix_5BTD).unbind())
         r, w, k, v = (row.squeeze(-2) for row in p[:4])
         y_BTHV, wkv_BHKV = wkv6(r, w, k, v, self.time_faaaa, state.wkv_BHKV, impl=self.impl)
         state = state._replace(att_shift_BD=last_BD, wkv_BHKV=wkv_BHKV)
@@ -172,7 +175,9 @@ class TimeMix6(Mixer):
         self, x_1BD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
-        p = self.project(x_1BD, state.att_shift_BD)
+        d_1BD = state.att_shift_BD - x_1BD
+        mix_5BD = self.shift_mix(x_1BD, d_1BD)
+        p = self.project(torch.addcmul(x_1BD, d_1BD, mix_5BD).split(1))
         wkv_BHKV = state.wkv_BHKV
         u_H1K = self.time_faaaa[:, None]
         r, w, k, v, u = (x.to(wkv_BHKV.dtype) for x in (*p[:4], u_H1K))
@@ -180,9 +185,9 @@ class TimeMix6(Mixer):
         state = state._replace(att_shift_BD=x_1BD, wkv_BHKV=wkv_BHKV)
         return self.finish(y_1BH1V.to(x_1BD.dtype), p.g_D), state, shared
 
-    def project(self, x_D: Tensor, previous_D: Tensor) -> Projections6:
-        """Compute what the recurrence reads from tokens [..., D] and their predecessors."""
-        x_w, x_k, x_v, x_r, x_g = self.shift_mix(x_D, previous_D)
+    def project(self, mixed: Sequence[Tensor]) -> Projections6:
+        """Compute what the recurrence reads from the five shifted inputs [..., D] (w k v r g)."""
+        x_w, x_k, x_v, x_r, x_g = mixed
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         raw_D = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
         raw_D = raw_D.to(state_dtype(raw_D))  # half precision has too few digits near 1
@@ -192,14 +197,12 @@ class TimeMix6(Mixer):
         r, w, k, v = (x.unflatten(-1, (-1, 1, self.head_dim)) for x in (r, -raw_D.exp(), k, v))
         return Projections6(r, w, k, v, g_D)
 
-    def shift_mix(self, x_D: Tensor, previous_D: Tensor) -> tuple[Tensor, ...]:
-        """Return the five inputs of the maps [..., D], in the order w k v r g."""
+    def shift_mix(self, x_D: Tensor, d_D: Tensor) -> Tensor:
+        """Return the share of the previous token in the five inputs [5, N, D], w k v r g."""
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        d_D = previous_D - x_D
         h_R = torch.tanh(torch.addcmul(x_D, d_D, self.time_maa_x) @ self.time_maa_w1)
-        h_51R = h_R.unflatten(-1, (5, 1, -1))
-        mix_5D = (h_51R @ self.time_maa_w2).squeeze(-2) + torch.stack(maa)
-        return (x_D[..., None, :] + d_D[..., None, :] * mix_5D).unbind(-2)
+        h_5NR = h_R.flatten(0, 1).unflatten(-1, (5, -1)).transpose(0, 1)
+        return torch.stack(maa)[:, None] + h_5NR @ self.time_maa_w2
 
     def finish(self, y_H1V: Tensor, g_D: Tensor) -> Tensor:
         """Normalise each head, gate, and project out."""
