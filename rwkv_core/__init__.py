@@ -8,8 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "adapter", "backbone", "checkpoint", "config", "errors", "mixers", "ops", "registry", "state",
-    "testing", "train",
+    "adapter", "backbone", "checkpoint", "config", "errors", "formats", "mixers", "ops", "registry",
+    "state", "testing", "train",
 ]  # fmt: skip
 
 

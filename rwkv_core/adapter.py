@@ -8,13 +8,19 @@ More members are used where an adapter has them: ``generate(run, prompt, **setti
 that write; ``draw(model, config, split, folder)`` for those whose answers are better looked at than
 read (it returns the files' paths); ``optimizer(model, settings)`` and
 ``schedule(model, optim, settings)`` for those that do not train as :mod:`rwkv_core.train.optim` and
-:mod:`rwkv_core.train.schedule` do.
+:mod:`rwkv_core.train.schedule` do; ``portable(config)`` and ``located(config, folder)`` for those
+whose models need further files, such as a vocabulary: the configuration as it is stored and the
+files (name → bytes) to store beside it, and, when it is read again, the configuration that uses the
+files in that folder; ``foreign(architecture)``, the configuration of a model found in somebody
+else's file, for the domain that :mod:`rwkv_core.formats` hands language models to. The ``build`` of
+an adapter that has it reads no values while it builds, so that it works on torch's meta device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,6 +42,11 @@ class Run(Protocol):
 
     metadata: Mapping[str, Any]
     graphs: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the model's files lie; None for a model in memory."""
+        ...
 
     def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
         """Return the outputs of ``graph``, state tensors under their input names."""

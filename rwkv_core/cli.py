@@ -18,6 +18,8 @@ __all__ = ["main"]
 
 logger = logging.getLogger("rwkv")
 
+MODEL = "checkpoint or run folder, .pth, ggmf or safetensors file, Hugging Face folder or name"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that names the nearest verb or flag."""
@@ -84,7 +86,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     verbs: dict[str, Parser] = {}
 
     def verb(run: Callable[[Any], int | None], summary: str, epilog: str) -> Parser:
-        name = run.__name__.lstrip("_")
+        name = run.__name__.lstrip("_").replace("_", "-")
         sub = subparsers.add_parser(
             name,
             help=summary,
@@ -99,9 +101,11 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     verb(_list, "list mixers, domains and recipes", "Plugins appear here once they are installed.")
 
     sub = verb(
-        _info, "describe a checkpoint or an exported folder", "example:\n  rwkv info runs/text"
+        _info,
+        "describe a checkpoint, official weights or an exported folder",
+        "examples:\n  rwkv info runs/text\n  rwkv info RWKV-x070-World-0.1B.pth",
     )
-    sub.add_argument("path", type=Path, help="checkpoint, run or exported folder")
+    sub.add_argument("path", type=Path, help=f"{MODEL}, or an exported folder")
 
     sub = verb(
         _train,
@@ -124,7 +128,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "evaluate a checkpoint on held-out data",
         "example:\n  rwkv eval runs/text --data other.txt",
     )
-    sub.add_argument("path", type=Path, help="checkpoint or run folder")
+    sub.add_argument("path", type=Path, help=MODEL)
     sub.add_argument("--split", default="eval", help="part of the data: eval, or test where it is")
     sub.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw what it answers")
     _add_config_flags(sub)
@@ -134,7 +138,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "continue a prompt, with a checkpoint or an exported folder",
         'example:\n  rwkv generate runs/text --prompt "The" --temperature 0.8 --top-p 0.9',
     )
-    sub.add_argument("path", type=Path, help="checkpoint, run or exported folder")
+    sub.add_argument("path", type=Path, help=f"{MODEL}, or an exported folder")
     sub.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     sub.add_argument("--max-tokens", type=int, default=200, help="stop after this many (200)")
     sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (1.0)")
@@ -151,11 +155,25 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "The folder appears only if its graphs agree with PyTorch. Without PyTorch it runs by:\n"
         "  rwkv generate out/",
     )
-    sub.add_argument("path", type=Path, help="checkpoint or run folder")
+    sub.add_argument("path", type=Path, help=MODEL)
     sub.add_argument("out", type=Path, help="folder to write; must not exist")
     sub.add_argument(
         "--steps", type=int, default=4096, help="recurrent steps to compare over (4096)"
     )
+
+    sub = verb(
+        _convert,
+        "write a language model in another format",
+        "examples:\n"
+        "  rwkv convert RWKV-x070-World-0.1B.pth model/ --to safetensors\n"
+        "  rwkv convert runs/text model.pth --to official\n\n"
+        "official is a .pth under BlinkDL's names; hf a folder as fla (RWKV-7, RWKV-6) or\n"
+        "transformers (RWKV-4) name it; safetensors a checkpoint folder that every verb takes.\n"
+        "Tensors keep their dtypes and their bits; only those of quantised files become float32.",
+    )
+    sub.add_argument("path", metavar="in", type=Path, help=MODEL)
+    sub.add_argument("out", type=Path, help="file or folder to write; must not exist")
+    sub.add_argument("--to", required=True, choices=["official", "hf", "safetensors"])
 
     sub = verb(
         _demo,
@@ -167,6 +185,15 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     sub.add_argument("--seconds", type=float, default=95.0, help="aim of the training time (95)")
     sub.add_argument("--mixer", default="rwkv7", help="RWKV generation (rwkv7)")
+
+    sub = verb(
+        _build_native,
+        "compile the native CPU ops for this machine",
+        "Optional: without them the ops run as torch operations, several times slower. Needs a C++\n"
+        "compiler (CXX, c++, g++ or clang++); takes seconds; the result is kept in a cache folder.",
+    )
+    sub.add_argument("--force", action="store_true", help="compile even if the cache has them")
+    sub.add_argument("--if-possible", action="store_true", help="stay quiet, never fail")
 
     verb(_doctor, "report what is installed and what would be used", "")
     return parser, verbs
@@ -210,9 +237,16 @@ def _info(args: argparse.Namespace) -> None:
             for tensor in (*graph.inputs, *graph.state):
                 print(f"            {tensor.name} {tensor.dtype}{list(tensor.shape)}")
         return
-    from rwkv_core import checkpoint
+    from rwkv_core import checkpoint, formats
     from rwkv_core.config import to_dict
 
+    path = formats.resolve(args.path)
+    if formats.is_foreign(path):
+        from rwkv_core.formats.report import lines
+
+        for name, value in lines(formats.describe(path), checkpoint.foreign_config):
+            print(f"{name:<11} {value}")
+        return
     model: Any = checkpoint.load(args.path)
     print(f"folder      {checkpoint.find(args.path)}")
     print(f"domain      {model.adapter}")
@@ -308,6 +342,14 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from rwkv_core.formats.convert import convert
+
+    for note in convert(args.path, args.out, args.to):
+        print(f"note        {note}")
+    print(f"{args.out}: written")
+
+
 def _demo(args: argparse.Namespace) -> int | None:
     demo = importlib.import_module("rwkv_export.demo")
     out, n = args.out or Path("runs/demo"), 1
@@ -315,6 +357,27 @@ def _demo(args: argparse.Namespace) -> int | None:
         n += 1
         out = Path(f"runs/demo-{n}")
     return demo.run(out, seconds=args.seconds, mixer=args.mixer)
+
+
+def _build_native(args: argparse.Namespace) -> None:
+    from rwkv_core.ops.native import build, library
+
+    try:
+        built = build.build(force=args.force)
+        library.forget()
+        isa = library.loaded().isa
+    except (RWKVError, OSError) as error:
+        if not args.if_possible:
+            raise
+        logger.info("native ops: not built; the torch forms are used (%s)", str(error).split("\n")[0])
+        return
+    if built.seconds:
+        print(f"native ops    compiled with {built.compiler} in {built.seconds:.1f} s")
+    elif not args.if_possible:
+        print("native ops    in the cache already; --force compiles them again")
+    if built.seconds or not args.if_possible:
+        print(f"{'library':<13} {built.path}")
+        print(f"{'used here':<13} {isa} of {', '.join(build.variants())}")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -326,8 +389,9 @@ def _doctor(args: argparse.Namespace) -> None:
     print(f"cores         {os.cpu_count()}")
     needed = ("torch", "numpy", "safetensors", "timm", "torchvision", "onnx", "onnxscript")
     optional = ("onnxruntime", "tqdm", "matplotlib", "scikit-learn")
+    vocabularies = ("tokenizers", "pyrwkv-tokenizer")
     missing = []
-    for name in (*needed, *optional):
+    for name in (*needed, *optional, *vocabularies):
         try:
             print(f"{name:<13} {version(name)}")
         except PackageNotFoundError:
@@ -338,10 +402,16 @@ def _doctor(args: argparse.Namespace) -> None:
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         print(f"accelerator   {device}")
-        from rwkv_core.ops import wkv7 as package
+        from rwkv_core.ops.native import library
 
-        impls = importlib.import_module(package.__module__).IMPLS
-        print(f"op wkv7       {', '.join(impls)}; auto is chunked")
+        x = torch.empty(0)
+        reason = library.why_not(x)
+        print(f"native ops    {reason or f'{library.loaded().isa}, {library.loaded().path}'}")
+        for op in ("wkv4", "wkv6", "wkv7", "bi_wkv"):
+            module = importlib.import_module(f"rwkv_core.ops.{op}")
+            auto = library.choose("auto", module.TORCH_FORM, x) if "native" in module.IMPLS else ""
+            why = f" (native: {reason})" if reason and auto else ""
+            print(f"op {op:<10} {', '.join(module.IMPLS)}; auto is {auto or module.TORCH_FORM}{why}")
     else:
         print("Exported folders run without torch; training and export need it.")
 

@@ -63,7 +63,7 @@ def scale_stream(trunk: Backbone, halvings: int) -> None:
     trunk.ln_in.bias.mul_(scale)
     for mixer in mixers:
         for name in mixer.fp16_scaled:
-            mixer.get_submodule(name).weight.mul_(scale)
+            mixer.get_parameter(f"{name}.weight").mul_(scale)
     for norm in (m for m in trunk.modules() if isinstance(m, nn.LayerNorm)):
         if norm is not trunk.ln_in:
             norm.eps *= scale**2

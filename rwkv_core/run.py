@@ -21,6 +21,8 @@ class TorchRun:
         metadata: what the model's host needs to know.
     """
 
+    folder = None
+
     def __init__(
         self, model: nn.Module, specs: Sequence[ExportSpec], metadata: Mapping[str, Any]
     ) -> None:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwkv_text.config import TextConfig
     from rwkv_text.model import CausalLM, load
+    from rwkv_text.pile import PileTokenizer
     from rwkv_text.tokenizer import ByteTokenizer
+    from rwkv_text.world import WorldTokenizer
 
-__all__ = ["ByteTokenizer", "CausalLM", "TextConfig", "load"]
+__all__ = ["ByteTokenizer", "CausalLM", "PileTokenizer", "TextConfig", "WorldTokenizer", "load"]
 
 _HOMES = {
-    "ByteTokenizer": "tokenizer", "CausalLM": "model", "TextConfig": "config", "load": "model",
+    "ByteTokenizer": "tokenizer", "CausalLM": "model", "PileTokenizer": "pile",
+    "TextConfig": "config", "WorldTokenizer": "world", "load": "model",
 }  # fmt: skip
 
 

@@ -5,19 +5,22 @@ Torch is imported where it is used, because exported models are predicted with w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rwkv_core.adapter import ExportSpec, Run
-from rwkv_text import host
+from rwkv_text import host, vocabulary
 from rwkv_text.config import TextConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from rwkv_core.formats import Architecture
     from rwkv_text.data import TextBatch
     from rwkv_text.model import CausalLM
 
@@ -97,6 +100,33 @@ class TextAdapter:
     def metadata(self, model: CausalLM) -> dict[str, Any]:
         """Return tokenizer, vocabulary size and fingerprint."""
         return model.metadata()
+
+    def portable(self, config: TextConfig) -> tuple[TextConfig, dict[str, bytes]]:
+        """Return the configuration with the tokenizer's name, and its vocabulary file."""
+        name = vocabulary.kind_of(config.tokenizer)
+        files = vocabulary.carried_files(config.tokenizer)
+        return dataclasses.replace(config, tokenizer=name), files
+
+    def foreign(self, architecture: Architecture) -> TextConfig:
+        """Return the configuration of a model read from official weights.
+
+        The rows of the embedding tell the vocabulary: 65536 for World, 50277 (50304 when padded)
+        for Pile, and bytes otherwise.
+        """
+        a = architecture
+        return TextConfig(
+            dim=a.dim,
+            depth=a.depth,
+            mixer=a.mixer,
+            mixer_options=dict(a.options),
+            vocab_size=a.vocab_size,
+            tokenizer={65536: "world", 50277: "20B", 50304: "20B"}.get(a.vocab_size, "bytes"),
+        )
+
+    def located(self, config: TextConfig, folder: Path) -> TextConfig:
+        """Return the configuration with the path of the vocabulary, if it is in ``folder``."""
+        path = vocabulary.locate(config.tokenizer, folder)
+        return dataclasses.replace(config, tokenizer=path)
 
 
 adapter = TextAdapter()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv_core.errors import ConfigError
+from rwkv_text.vocabulary import kind_of
 
 __all__ = ["TextConfig"]
 
@@ -16,7 +17,8 @@ class TextConfig:
         dim, depth: width and number of layers.
         mixer: generation, a name in the mixer registry.
         mixer_options: keyword arguments of that generation's mixers.
-        tokenizer: name of the tokenizer.
+        tokenizer: ``"bytes"``, ``"world"`` or ``"20B"``; or the path of a vocabulary file, ``.txt``
+            for World and ``.json`` for 20B.
         vocab_size: rows of the embedding, at least the tokenizer's.
         data: a text file, a folder of ``*.txt`` files, or ``"pydoc"``: the language reference that
             ships inside every CPython. Each file (or topic) is a document.
@@ -35,6 +37,7 @@ class TextConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        kind_of(self.tokenizer)  # an unknown name ends here
         for name in ("dim", "depth", "vocab_size", "context", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"task.{name} must be at least 1, got {getattr(self, name)}")

@@ -78,11 +78,12 @@ def batches(
     A document is preceded and ended by a boundary.
 
     Raises:
-        DataError: an unknown split, or a training text shorter than one context.
+        DataError: an unknown split, a training text shorter than one context, or no vocabulary.
+        ConfigError: more ids than ``vocab_size``.
     """
     if split not in ("train", "eval"):
         raise DataError(f"text has the splits 'train' and 'eval', got {split!r}")
-    tok = tokenizer(config.tokenizer)
+    tok = tokenizer(config.tokenizer, rows=config.vocab_size)
     lengths = tok.byte_lengths()
     encoded = [tok.encode(text) for text in split_documents(config.data, split)]
     if split == "eval":

@@ -14,6 +14,7 @@ from rwkv_text.tokenizer import BOUNDARY, StreamDecoder, tokenizer
 __all__ = ["feed", "generate", "stream_tokens"]
 
 State = dict[str, np.ndarray]
+PIECE = 256  # tokens of a prompt read at once: a vocabulary's worth of logits comes with each
 
 
 def feed(run: Run, tokens: Sequence[int], state: State | None = None) -> tuple[np.ndarray, State]:
@@ -42,13 +43,19 @@ def feed(run: Run, tokens: Sequence[int], state: State | None = None) -> tuple[n
 
 
 def stream_tokens(
-    run: Run, prompt: Sequence[int], sampler: Sampler, max_tokens: int
+    run: Run, prompt: Sequence[int], sampler: Sampler, max_tokens: int, known_V: np.ndarray
 ) -> Iterator[int]:
-    """Yield sampled tokens after a boundary and the prompt, until a boundary or ``max_tokens``."""
-    logits, state = feed(run, [BOUNDARY, *prompt])
-    row = logits[-1]
+    """Yield sampled tokens after a boundary and the prompt, until a boundary or ``max_tokens``.
+
+    Ids outside ``known_V``, rows of the embedding that stand for nothing, are never drawn.
+    """
+    tokens, row = [BOUNDARY, *prompt], np.empty(0)
+    state = run.initial_state("step", batch=1)
+    for at in range(0, len(tokens), PIECE):
+        logits, state = feed(run, tokens[at : at + PIECE], state)
+        row = logits[-1]
     for _ in range(max_tokens):
-        token = sampler(row)
+        token = sampler(np.where(known_V, row, -np.inf))
         if token == BOUNDARY:
             return
         yield token
@@ -70,11 +77,19 @@ def generate(
     """Yield the continuation of a prompt piece by piece, never part of a character.
 
     The model starts a new document; it ends the text itself where it predicts a boundary.
+
+    Raises:
+        DataError: the vocabulary is not found, or the prompt cannot be encoded.
+        ConfigError: the vocabulary has more ids than the model.
     """
-    tok = tokenizer(run.metadata["tokenizer"])
+    rows = run.metadata["vocab_size"]
+    tok = tokenizer(run.metadata["tokenizer"], beside=run.folder, rows=rows)
+    known = np.zeros(rows, bool)
+    known[: tok.vocab_size] = tok.byte_lengths()
+    known[BOUNDARY] = True
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     decoder = StreamDecoder(tok)
-    for token in stream_tokens(run, tok.encode(prompt), sampler, max_tokens):
+    for token in stream_tokens(run, tok.encode(prompt), sampler, max_tokens, known):
         if piece := decoder.push(token):
             yield piece
     if piece := decoder.flush():

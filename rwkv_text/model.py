@@ -21,6 +21,7 @@ from rwkv_core.run import TorchRun
 from rwkv_core.state import State
 from rwkv_text import host
 from rwkv_text.config import TextConfig
+from rwkv_text.vocabulary import kind_of
 
 __all__ = ["CausalLM", "LMOutput", "load"]
 
@@ -98,7 +99,8 @@ class CausalLM(nn.Module):
         stream: bool = False,
     ) -> str | Iterator[str]:
         """Return the continuation of a prompt, or with ``stream`` an iterator over its pieces."""
-        run = TorchRun(self, [step_spec(self), prefill_spec(self)], self.metadata())
+        metadata = {**self.metadata(), "tokenizer": self.config.tokenizer}  # perhaps a path
+        run = TorchRun(self, [step_spec(self), prefill_spec(self)], metadata)
         pieces = host.generate(
             run, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             seed=seed,
@@ -109,7 +111,7 @@ class CausalLM(nn.Module):
         """Return what a host of this model needs to know beside its graphs."""
         config = self.config
         return {
-            "tokenizer": config.tokenizer,
+            "tokenizer": kind_of(config.tokenizer),
             "vocab_size": config.vocab_size,
             "model": self.fingerprint,
         }
@@ -136,10 +138,15 @@ def _spec(name: str, module: StepGraph, model: CausalLM) -> ExportSpec:
 
 
 def load(path: str | Path) -> CausalLM:
-    """Return the language model saved at ``path``: a checkpoint's folder or a run's.
+    """Return the language model at ``path``, in fp32 and evaluation mode.
+
+    Args:
+        path: a checkpoint's folder or a run's; an official ``.pth``; a ggmf file of rwkv.cpp, also
+            quantised; safetensors; a Hugging Face folder of fla, rwkv7-hf or transformers' Rwkv; or
+            ``owner/name``, a Hugging Face repository, if nothing on disk has that name.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged one, or one of another domain.
+        CheckpointError: nothing that can be read, a damaged file, or a model of another domain.
     """
     return cast(CausalLM, checkpoint.load(path, "text"))
 
@@ -151,4 +158,5 @@ def _fingerprint(config: TextConfig) -> str:
         for f in dataclasses.fields(config)
         if f.name not in ("data", "context", "batch_size")
     }
+    shape["tokenizer"] = kind_of(config.tokenizer)  # wherever its file is
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]

@@ -122,3 +122,69 @@ def paint() -> Callable[..., Path]:
 def colors(paint: Callable[..., Path], tmp_path: Path) -> Path:
     """Return a folder of pictures in the classes blue, green and red."""
     return paint(tmp_path / "colors")
+
+
+@pytest.fixture(scope="session")
+def official() -> Callable[..., dict[str, torch.Tensor]]:
+    """Return ``official("5.2", depth=2, …) -> tensors``: a small model as BlinkDL stores it.
+
+    The names and shapes are those of the official trainers, written down here on their own; the
+    values are random. Versions: 4, 5.0, "5.0 raw" (bonus not exponentiated), 5.1, 5.2, 6 and 7.
+    """
+    return _official
+
+
+def _official(
+    version: str,
+    *,
+    dim: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    hidden: int = 96,
+    vocab: int = 10,
+    rank: int = 32,
+    dtype: torch.dtype = torch.float32,
+    tuned: bool = False,
+) -> dict[str, torch.Tensor]:
+    C, H, N, F, D = dim, heads, dim // heads, hidden, rank
+    square = dict.fromkeys((f"att.{n}.weight" for n in ("receptance", "key", "value")), (C, C))
+    layer: dict[str, tuple[int, ...]] = {**square, "att.output.weight": (C, C)}
+    layer |= {"ffn.key.weight": (F, C), "ffn.value.weight": (C, F)}
+    layer |= {f"ln{i}.{kind}": (C,) for i in (1, 2) for kind in ("weight", "bias")}
+    if version != "7":
+        layer["ffn.receptance.weight"] = (C, C)
+    if version != "4":
+        layer |= {"att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
+    if version in ("5.1", "5.2", "6"):
+        layer["att.gate.weight"] = (C, C)
+    if version[0] in "45":
+        mixes = "kvrg" if version in ("5.1", "5.2") else "kvr"
+        layer |= {f"att.time_mix_{c}": (1, 1, C) for c in mixes}
+        layer |= {f"ffn.time_mix_{c}": (1, 1, C) for c in "kr"}
+        shape = {"4": (C,), "5.2": (H, N)}.get(version, (H,))
+        bonus = "time_first" if version in ("4", "5.0") else "time_faaaa"
+        layer |= {"att.time_decay": shape, f"att.{bonus}": shape}
+    elif version == "6":
+        layer |= {f"att.time_maa_{c}": (1, 1, C) for c in "xwkvrg"}
+        layer |= {"att.time_maa_w1": (C, 5 * D), "att.time_maa_w2": (5, D, C)}
+        layer |= {"att.time_decay": (1, 1, C), "att.time_faaaa": (H, N)}
+        layer |= {"att.time_decay_w1": (C, 2 * D), "att.time_decay_w2": (2 * D, C)}
+        layer |= {f"ffn.time_maa_{c}": (1, 1, C) for c in "kr"}
+    else:
+        layer |= {f"att.x_{c}": (1, 1, C) for c in "rwkvag"}
+        layer |= {f"att.{n}": (1, 1, C) for n in ("w0", "a0", "v0", "k_k", "k_a")}
+        layer |= {f"att.{c}1": (C, D) for c in "wav"} | {f"att.{c}2": (D, C) for c in "wav"}
+        layer |= {"att.g1": (C, 2 * D), "att.g2": (2 * D, C), "att.r_k": (H, N)}
+        layer["ffn.x_k"] = (1, 1, C)
+    if tuned:
+        layer["att.time_state"] = (H, N, N)
+    shapes = {"emb.weight": (vocab, C), "blocks.0.ln0.weight": (C,), "blocks.0.ln0.bias": (C,)}
+    shapes |= {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in layer.items()}
+    shapes |= {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (vocab, C)}
+    if version == "7":  # exports leave out what layer 0 never uses
+        shapes = {n: s for n, s in shapes.items() if n[:14] != "blocks.0.att.v" or len(n) > 15}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (0.5 * torch.randn(shape, generator=generator)).to(dtype)
+        for name, shape in shapes.items()
+    }

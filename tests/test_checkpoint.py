@@ -62,6 +62,17 @@ def test_another_architecture_is_refused_by_its_tensors(saved):
         rwkv_text.load(saved)
 
 
+@pytest.mark.parametrize(
+    "claim", [{"depth": 10**7}, {"vocab_size": 10**6}, {"vocab_size": 10**13}, {"dim": 16 * 10**6}]
+)
+def test_a_description_larger_than_its_tensors_is_not_built(saved, claim):
+    description = json.loads((saved / "config.json").read_text())
+    description["config"] |= claim
+    (saved / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"describes a larger model than the \d+ tensors"):
+        rwkv_text.load(saved)
+
+
 def test_a_pickle_with_code_is_refused_and_not_run(saved, tmp_path):
     class Attack:
         def __reduce__(self):

@@ -11,7 +11,7 @@ from rwkv_core import checkpoint
 from rwkv_core.cli import main
 from rwkv_text import TextConfig
 
-VERBS = ["list", "info", "train", "eval", "generate", "export", "demo", "doctor"]
+VERBS = ["list", "info", "train", "eval", "generate", "export", "convert", "demo", "doctor"]
 TINY = [
     f"--set={a}"
     for a in (

@@ -8,9 +8,9 @@ import pytest
 HEAVY = ["timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "sklearn"]
 TORCH_FREE = [
     "rwkv_core.adapter", "rwkv_core.config", "rwkv_core.errors", "rwkv_core.registry",
-    "rwkv_text.adapter", "rwkv_text.config", "rwkv_text.host", "rwkv_text.sampling",
-    "rwkv_text.tokenizer", "rwkv_vision", "rwkv_vision.adapter", "rwkv_vision.config",
-    "rwkv_vision.host", "rwkv_export.runtime",
+    "rwkv_text.adapter", "rwkv_text.config", "rwkv_text.host", "rwkv_text.pile",
+    "rwkv_text.sampling", "rwkv_text.tokenizer", "rwkv_text.world", "rwkv_vision",
+    "rwkv_vision.adapter", "rwkv_vision.config", "rwkv_vision.host", "rwkv_export.runtime",
 ]  # fmt: skip
 
 # imports the modules and prints, as JSON, which top-level modules came with them, what was written

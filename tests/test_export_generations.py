@@ -29,6 +29,7 @@ def test_a_step_of_every_generation_is_proven_and_runs_alone(mixer, tmp_path):
     assert runtime.generate("RW", **settings) == model.generate("RW", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "bound"), [("4v0-660K", 5e-6), ("5v2-730K", 5e-6), ("7v0-834K", 1e-6)]

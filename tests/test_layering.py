@@ -27,7 +27,9 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "rwkv_core": Rule(set(), {"torch", "safetensors", "numpy"}, {"matplotlib", "tqdm"}),
+    "rwkv_core": Rule(
+        set(), {"torch", "safetensors", "numpy"}, {"matplotlib", "tqdm", "huggingface_hub"}
+    ),
     "rwkv_text": Rule(
         {"rwkv_core"},
         {"torch", "safetensors", "numpy"},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import rwkv_text
 from rwkv_core.backbone import Backbone
 from rwkv_core.errors import ConfigError, UnknownNameError
 from rwkv_core.mixers.base import lora_rank
@@ -20,7 +21,7 @@ DIM, DEPTH, HEAD = 48, 3, 16
 
 @pytest.mark.parametrize("name", list(MIXERS))
 def test_mixer_keeps_the_contract(name):
-    check_mixer(name, head_dim=16)
+    check_mixer(name)
 
 
 def small_model() -> CausalLM:
@@ -112,58 +113,17 @@ def test_model_matches_an_independent_numpy_forward():
 @pytest.mark.shared
 def test_official_tiny_model_gives_its_published_logits(shared_data):
     """A model nobody here made: RWKV/rwkv.cpp's byte-level RWKV-7, read from its own file."""
-    tensors = read_ggmf(shared_data / "rwkv_cpp_tiny" / "tiny-rwkv-7v0-834K-FP32.bin")
-    expected = np.fromfile(
-        shared_data / "rwkv_cpp_tiny" / "expected-logits-7v0-834K.bin", np.float32
-    )
-    options = {"head_dim": 64, "hidden_dim": 256} | dict.fromkeys(
-        ("decay_rank", "iclr_rank", "value_rank", "gate_rank"), 32
-    )
-    model = CausalLM(TextConfig(dim=64, depth=12, mixer_options=options)).eval()
-    own = {}
-    for name, array in tensors.items():
-        parts = name.split(".")
-        if parts[0] == "blocks" and parts[2] == "ln0":
-            name = f"backbone.ln_in.{parts[3]}"
-        elif parts[0] == "blocks":
-            half = {"att": "time_mix", "ffn": "channel_mix"}.get(parts[2], parts[2])
-            name = ".".join(["backbone", "blocks", parts[1], half, *parts[3:]])
-        elif parts[0] == "ln_out":
-            name = f"backbone.{name}"
-        if name.endswith("x_rwkvag"):
-            for letter, row in zip("rwkvag", array, strict=True):
-                own[name.replace("x_rwkvag", f"x_{letter}")] = row.ravel()
-            continue
-        # the file stores low-rank factors transposed
-        transposed = name[-2:] in [f"{c}{n}" for c in "wavg" for n in "12"]
-        own[name] = array.T if transposed else array
-    state = {}
-    for name, parameter in model.state_dict().items():
-        state[name] = torch.from_numpy(own[name].copy()).reshape(parameter.shape)
-    model.load_state_dict(state)
-    tokens = torch.tensor([[34, 105, 110]])
+    folder = shared_data / "rwkv_cpp_tiny"
+    model = rwkv_text.load(folder / "tiny-rwkv-7v0-834K-FP32.bin")
+    expected = np.fromfile(folder / "expected-logits-7v0-834K.bin", np.float32)
+    tokens, state = torch.tensor([[34, 105, 110]]), None
     with torch.no_grad():
         whole = model(tokens).logits_BTV[0, -1].numpy()
-        state = None
         for token in tokens[0]:
             out = model(token.view(1, 1), state)
             state = out.state
     assert np.abs(whole - expected).max() <= 1e-6
     assert np.abs(out.logits_BTV[0, -1].numpy() - expected).max() <= 1e-6
-
-
-def read_ggmf(path) -> dict[str, np.ndarray]:
-    data, at = path.read_bytes(), 24
-    tensors = {}
-    while at < len(data):
-        n_dims, n_key, kind = np.frombuffer(data, "<i4", 3, at)
-        shape = np.frombuffer(data, "<i4", n_dims, at + 12)[::-1]
-        at += 12 + 4 * n_dims
-        key = data[at : at + n_key].decode()
-        assert kind == 0
-        tensors[key] = np.frombuffer(data, "<f4", shape.prod(), at + n_key).reshape(shape)
-        at += n_key + 4 * shape.prod()
-    return tensors
 
 
 def test_initial_values_are_the_official_trainers():

@@ -16,7 +16,7 @@ from torch import nn
 
 from rwkv_core._files import atomic_folder
 from rwkv_core.adapter import ExportSpec
-from rwkv_core.checkpoint import adapter_of
+from rwkv_core.checkpoint import adapter_of, portable
 from rwkv_core.errors import ExportError
 from rwkv_core.run import TorchRun
 from rwkv_export.manifest import PARITY, GraphInfo, Manifest, TensorInfo, sha256
@@ -74,7 +74,11 @@ def export(model: nn.Module, folder: str | Path, *, steps: Sequence[int] = STEPS
                 proto = write_onnx(spec, path)
                 nodes[spec.name] = sum(nodes_per_op(proto).values())
                 graphs[spec.name] = _describe(spec, path, proto)
-            Manifest(adapter=name, graphs=graphs, metadata=metadata).write(temporary)
+            files = {}
+            for file, content in portable(model)[1].items():
+                (temporary / file).write_bytes(content)
+                files[file] = sha256(temporary / file)
+            Manifest(adapter=name, graphs=graphs, metadata=metadata, files=files).write(temporary)
             torch_run = TorchRun(model, specs, metadata)
             runtime = Runtime(temporary)
             rows = {s.name: compare(s, torch_run, runtime, steps=steps) for s in specs}

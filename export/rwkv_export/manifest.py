@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,15 @@ class GraphInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The folder: which domain made it, its graphs, and what a host needs beside them."""
+    """The folder: which domain made it, its graphs, and what a host needs beside them.
+
+    ``files`` are those besides the graphs, such as a vocabulary: name → sha256.
+    """
 
     adapter: str
     graphs: Mapping[str, GraphInfo]
     metadata: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``."""
@@ -72,6 +76,7 @@ class Manifest:
             "format": FORMAT,
             "adapter": self.adapter,
             "metadata": dict(self.metadata),
+            "files": dict(self.files),
             "graphs": graphs,
         }
         (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
@@ -101,7 +106,12 @@ class Manifest:
                 )
                 for name, g in content["graphs"].items()
             }
-            return cls(adapter=content["adapter"], graphs=graphs, metadata=content["metadata"])
+            return cls(
+                adapter=content["adapter"],
+                graphs=graphs,
+                metadata=content["metadata"],
+                files=dict(content.get("files", {})),
+            )
         except FileNotFoundError as error:
             raise ExportError(f"{folder} is not an exported model: no {MANIFEST}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -36,11 +36,12 @@ class Runtime:
         self.graphs, self.metadata = self.manifest.graphs, self.manifest.metadata
         self._threads = threads or max(1, (os.cpu_count() or 2) - 1)
         self._sessions: dict[str, InferenceSession] = {}
-        for graph in self.graphs.values():
-            path = self.folder / graph.file
-            if Path(graph.file).name != graph.file or not path.is_file():
-                raise ExportError(f"{self.folder} lacks the file {graph.file!r} of its manifest")
-            if sha256(path) != graph.sha256:
+        hashes = {graph.file: graph.sha256 for graph in self.graphs.values()}
+        for file, expected in {**hashes, **self.manifest.files}.items():
+            path = self.folder / file
+            if Path(file).name != file or not path.is_file():
+                raise ExportError(f"{self.folder} lacks the file {file!r} of its manifest")
+            if sha256(path) != expected:
                 raise ExportError(
                     f"{path} is not the file that was exported: its hash differs from the "
                     "manifest's; export the model again"

@@ -71,6 +71,9 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
         torch.set_num_threads(settings.threads)
 
     adapter = ADAPTERS[config.adapter]
+    if resume:
+        task = checkpoint.located(config.adapter, config.task, run_dir)
+        config = dataclasses.replace(config, task=task)
     torch.manual_seed(settings.seed)
     model = checkpoint.build(config.adapter, config.task).train()
     config = dataclasses.replace(config, task=model.config)
@@ -81,8 +84,11 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     batches = adapter.data(config.task, "train", start=step, seed=settings.seed)
     # data that cannot be used shows here, before anything is written
     batches = itertools.chain([next(batches)], batches)
-    with atomic_file(run_dir / RUN_CONFIG) as file:
-        file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    task, files = checkpoint.portable(model)
+    stored = dataclasses.replace(config, task=task).to_dict()
+    for name, content in {**files, RUN_CONFIG: _json(stored)}.items():
+        with atomic_file(run_dir / name) as file:
+            file.write(content)
     rng = torch.Generator()
     sink, console = JsonlSink(run_dir, step), Console(settings.steps, step)
     metrics: dict[str, float] = {}
@@ -160,6 +166,10 @@ def evaluate(model: nn.Module, task: Any, split: str = "eval") -> dict[str, floa
             totals[name] = totals.get(name, 0.0) + value
     model.train(was_training)
     return adapter.metrics(task, totals)
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _floats(sums: dict[str, Any]) -> dict[str, float]:
