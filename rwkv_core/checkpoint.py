@@ -145,18 +145,18 @@ def foreign_config(architecture: formats.Architecture) -> Any:
     return ADAPTERS[ours.DOMAIN].foreign(architecture)
 
 
-def save_weights(weights: formats.Weights, folder: str | Path) -> Path:
+def save_weights(weights: formats.Weights, folder: str | Path, beside: Path) -> Path:
     """Write a language model read from any format to a new folder that :func:`load` reads.
 
-    The tensors keep their dtypes.
+    The tensors keep their dtypes; the vocabulary in the folder ``beside`` comes along.
 
     Raises:
         FileExistsError: ``folder`` exists.
         OSError: it cannot be written; nothing is left behind.
     """
-    tensors = ours.tensors_of(weights)
-    config = foreign_config(weights.architecture)
-    return _write(tensors, ours.DOMAIN, config, folder, {})
+    config = located(ours.DOMAIN, foreign_config(weights.architecture), beside)
+    config, files = ADAPTERS[ours.DOMAIN].portable(config)
+    return _write(ours.tensors_of(weights), ours.DOMAIN, config, folder, files)
 
 
 def _load_foreign(path: Path, expected: str | None) -> nn.Module:

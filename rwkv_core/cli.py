@@ -147,6 +147,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     sub.add_argument("--top-k", type=int, default=0, help="keep this many tokens, 0 is all (0)")
     sub.add_argument("--seed", type=int, help="the same seed writes the same text")
+    sub.add_argument("--vocabulary", metavar="FILE", help="if it is not beside the model")
 
     sub = verb(
         _export,
@@ -325,6 +326,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         top_k=args.top_k,
         seed=args.seed,
+        vocabulary=args.vocabulary,
         stream=True,
     )
     print(args.prompt, end="", flush=True)

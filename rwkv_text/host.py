@@ -73,17 +73,19 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
+    vocabulary: str | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, never part of a character.
 
     The model starts a new document; it ends the text itself where it predicts a boundary.
+    ``vocabulary`` is the tokenizer's name or file instead of what the model names.
 
     Raises:
         DataError: the vocabulary is not found, or the prompt cannot be encoded.
         ConfigError: the vocabulary has more ids than the model.
     """
     rows = run.metadata["vocab_size"]
-    tok = tokenizer(run.metadata["tokenizer"], beside=run.folder, rows=rows)
+    tok = tokenizer(vocabulary or run.metadata["tokenizer"], beside=run.folder, rows=rows)
     known = np.zeros(rows, bool)
     known[: tok.vocab_size] = tok.byte_lengths()
     known[BOUNDARY] = True

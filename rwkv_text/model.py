@@ -96,14 +96,17 @@ class CausalLM(nn.Module):
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
+        vocabulary: str | None = None,
         stream: bool = False,
     ) -> str | Iterator[str]:
-        """Return the continuation of a prompt, or with ``stream`` an iterator over its pieces."""
-        metadata = {**self.metadata(), "tokenizer": self.config.tokenizer}  # perhaps a path
-        run = TorchRun(self, [step_spec(self), prefill_spec(self)], metadata)
+        """Return the continuation of a prompt, or with ``stream`` an iterator over its pieces.
+
+        Settings as in :func:`rwkv_text.host.generate`.
+        """
+        run = TorchRun(self, [step_spec(self), prefill_spec(self)], self.metadata())
         pieces = host.generate(
             run, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-            seed=seed,
+            seed=seed, vocabulary=vocabulary or self.config.tokenizer,
         )  # fmt: skip
         return pieces if stream else "".join(pieces)
 

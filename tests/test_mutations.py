@@ -28,6 +28,9 @@ OP4, OP6, OP7 = "tests/test_wkv4.py", "tests/test_wkv6.py", "tests/test_wkv7.py"
 GROUPS = "tests/test_generations.py -k optimiser"
 CAST = "tests/test_precision.py -k 'bit or trained or training or fp32'"
 
+GGMF, FORMATS = "rwkv_core/formats/ggmf.py", "rwkv_core/formats/__init__.py"
+FILES = "tests/test_formats_ggmf.py tests/test_formats.py"
+
 MUTATIONS = [
     # generation 7
     Mutation("7: group-norm eps 1e-5", V7, "norm_eps: float = 64e-5", "norm_eps: float = 1e-5", NUMPY7),
@@ -92,6 +95,23 @@ MUTATIONS = [
     Mutation("16 bit in place", PRECISION, "copy.deepcopy(model).eval()", "model.eval()", CAST),
     Mutation("fp16 scale forgets the eps", PRECISION, "norm.eps *= scale**2", "pass", CAST),
     Mutation("fp16 scale of generation 7", V7, '    state_type', '    fp16_scaled = ("output",)\n    state_type', CAST, ('    official_rows = frozenset(("x_k",))', '    official_rows = frozenset(("x_k",))\n    fp16_scaled = ("value",)')),
+    # weight files and tokens
+    Mutation("ggmf: low-rank factors of 7 as stored", GGMF, 'if generation == 7 and re.fullmatch(r"[wavg][12]", part):', "if False:", FILES),
+    Mutation("ggmf: decay of 5 as stored", GGMF, "return _log_of(_without_last_one(rate.clamp(1e-30, 200.0)))", "return _without_last_one(rate).float()", FILES),
+    Mutation("ggmf: decay of 4 as stored", GGMF, "tensor = _log_of(-tensor.double())", "tensor = tensor.float()", FILES),
+    Mutation("ggmf: bonus of 5.0 exponentiated twice", GGMF, 'if part == "time_first":', "if False:", FILES),
+    Mutation("ggmf: shift factors of 6 as stored", GGMF, "return tensor.transpose(1, 2)", "return tensor", FILES),
+    Mutation("ggmf: eps 64e-5 for generation 5", FORMATS, "ggmf.NORM_EPS_5 if generation == 5 else None", "None", FILES),
+    Mutation("ggmf: mixes of 7 in another order", GGMF, "zip(MIXES, tensor, strict=True)", "zip(MIXES[::-1], tensor, strict=True)", FILES),
+    Mutation("Q5: fifth bits from the top", "rwkv_core/formats/blocks.py", 'bitorder="little"', 'bitorder="big"', FILES),
+    Mutation("Q4: halves of a block exchanged", "rwkv_core/formats/blocks.py", "out[:, :16] = low & 15\n        out[:, 16:] = low >> 4", "out[:, 16:] = low & 15\n        out[:, :16] = low >> 4", FILES),
+    Mutation("fla: five-way map of 6 not reordered", "rwkv_core/formats/hf_names.py", '"wkvrg", "rwkvg"', '"wkvrg", "wkvrg"', "tests/test_formats_huggingface.py"),
+    Mutation("tuned state K×V taken for V×K", "rwkv_core/formats/official.py", 'tensor.transpose(-1, -2) if name.endswith(".time_state") else tensor', "tensor", "tests/test_formats.py"),
+    Mutation("generation told by the gate alone", "rwkv_core/formats/official.py", 'exp_bonus = "blocks.0.att.time_first" in model.found', 'exp_bonus = "blocks.0.att.gate.weight" not in model.found', "tests/test_formats.py"),
+    Mutation("World: first match, not the longest", "rwkv_text/world.py", "best, start = token, at", "best, start = token, at\n                    break", "tests/test_tokenizer.py"),
+    Mutation("streaming breaks characters", "rwkv_text/tokenizer.py", "return self._decoder.decode(self._tokenizer.decode_bytes([token]))", 'return self._tokenizer.decode_bytes([token]).decode("utf-8", "replace")', "tests/test_tokenizer.py"),
+    Mutation("no token 0 at the start", "rwkv_text/host.py", "tokens, row = [BOUNDARY, *prompt]", "tokens, row = [*prompt]", "tests/test_text.py tests/test_tokenizer_model.py"),
+    Mutation("hold on large logits dropped", "rwkv_text/adapter.py", "(nats + 0.5e-4 * hold) / n", "nats / n", "tests/test_text.py"),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import rwkv_text
 from rwkv_core import checkpoint
 from rwkv_core.cli import main
 from rwkv_core.errors import ConfigError, ExportError
+from rwkv_core.formats.convert import convert
 from rwkv_core.run import TorchRun
 from rwkv_core.testing import perturb
 from rwkv_core.train import TrainConfig, TrainSettings, train
@@ -250,3 +251,25 @@ def test_a_model_named_world_carries_the_packages_vocabulary(tmp_path):
     assert rwkv_text.load(saved).fingerprint == model.fingerprint
     run = TorchRun(model, adapter.exports(model), adapter.metadata(model))
     assert isinstance("".join(host.generate(run, "Today", max_tokens=2)), str)
+
+
+def test_converted_weights_bring_the_vocabulary_along(model, vocabulary, no_package, tmp_path):
+    convert(checkpoint.save(model, tmp_path / "own"), tmp_path / "weights.pth", "official")
+    shutil.copy(vocabulary, tmp_path / FILE)
+    convert(tmp_path / "weights.pth", tmp_path / "moved" / "own", "safetensors")
+    (tmp_path / FILE).unlink()
+    again = rwkv_text.load(tmp_path / "moved" / "own")
+    assert again.generate("the end", **GREEDY) == model.generate("the end", **GREEDY)
+
+
+def test_a_vocabulary_elsewhere_is_named_where_text_is_wanted(
+    model, vocabulary, no_package, tmp_path, capsys
+):
+    convert(checkpoint.save(model, tmp_path / "own"), tmp_path / "weights.pth", "official")
+    arguments = ["generate", str(tmp_path / "weights.pth"), "--prompt", "the end"]
+    arguments += ["--max-tokens", "12", "--temperature", "0"]
+    assert main(arguments) == 2
+    assert "no vocabulary rwkv_vocab_v20230424.txt found" in capsys.readouterr().err
+    assert main([*arguments, "--vocabulary", str(vocabulary)]) == 0
+    expected = "the end" + model.generate("the end", **GREEDY) + "\n"
+    assert capsys.readouterr().out == expected

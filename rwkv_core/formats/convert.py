@@ -39,7 +39,7 @@ def convert(source: str | Path, out: str | Path, to: str) -> list[str]:
     if to == "safetensors":
         if weights.format == ours.FORMAT:
             raise CheckpointError(f"{source} is a checkpoint folder already; copy it")
-        checkpoint.save_weights(weights, out)
+        checkpoint.save_weights(weights, out, source if source.is_dir() else source.parent)
     elif to == "hf":
         notes += huggingface.write(weights, out)
     else:
