@@ -37,17 +37,19 @@ def wkv7_chunked(
     B, T, H, V = v_BTHV.shape
     if T == 0:
         return v_BTHV, state_BHKV
-    pad = -T % CHUNK
-    n_chunks = (T + pad) // CHUNK
+    chunk = min(CHUNK, T)
+    pad = -T % chunk
+    n_chunks = (T + pad) // chunk
 
     # [B, T, H, X] -> [N, B, H, L, X]; a padded token has w = 0 and k = b = 0: it changes nothing
     def chunks(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, 0, 0, pad))
-        return x.view(B, n_chunks, CHUNK, H, x.shape[-1]).permute(1, 0, 3, 2, 4)
+        return x.view(B, n_chunks, chunk, H, x.shape[-1]).permute(1, 0, 3, 2, 4)
 
     r, w, k, v, a, b = map(chunks, (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     g = w.cumsum(-2)
-    mid = g[..., CHUNK // 2 - 1 : CHUNK // 2, :]
+    middle = (chunk - 1) // 2
+    mid = g[..., middle : middle + 1, :]
     end = g[..., -1:, :]
     g = g - mid
 
@@ -55,14 +57,14 @@ def wkv7_chunked(
     read_r, read_a = r * g.exp(), a * (g - w).exp()
     written_k, written_b = k * (-g).exp(), b * (-g).exp()
     A = torch.cat([read_r, read_a], -2) @ torch.cat([written_k, written_b], -2).mT
-    lower = torch.ones(CHUNK, CHUNK, dtype=A.dtype, device=A.device).tril()
+    lower = torch.ones(chunk, chunk, dtype=A.dtype, device=A.device).tril()
     A = A * torch.cat([lower, lower.tril(-1)]).repeat(1, 2)
-    (A_rk, A_rb), (A_ak, A_ab) = (rows.split(CHUNK, -1) for rows in A.split(CHUNK, -2))
+    (A_rk, A_rb), (A_ak, A_ab) = (rows.split(chunk, -1) for rows in A.split(chunk, -2))
 
     # Z = found_v + found_s S₀, one triangular solve for both
     from_start = mid.exp()
     rhs = torch.cat([A_ak @ v, read_a * from_start], -1)
-    unit = torch.eye(CHUNK, dtype=A.dtype, device=A.device)
+    unit = torch.eye(chunk, dtype=A.dtype, device=A.device)
     found = torch.linalg.solve_triangular(unit - A_ab, rhs, upper=False, unitriangular=True)
     found_v, found_s = found.split([V, found.shape[-1] - V], -1)
     to_end = (end - mid).exp()
@@ -74,5 +76,5 @@ def wkv7_chunked(
         z = z_v + z_s @ state_BHKV
         ys.append(y_v + y_z @ z + y_s @ state_BHKV)
         state_BHKV = decay * state_BHKV + s_v + s_z @ z
-    y = torch.stack(ys).permute(1, 0, 3, 2, 4).reshape(B, n_chunks * CHUNK, H, V)
+    y = torch.stack(ys).permute(1, 0, 3, 2, 4).reshape(B, n_chunks * chunk, H, V)
     return y[:, :T], state_BHKV
