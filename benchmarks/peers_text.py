@@ -156,6 +156,8 @@ def compare(ours: Feed, theirs: Feed) -> dict[str, Any]:
         x, a = ours([token], a)
         y, b = theirs([token], b)
         worst = max(worst, (x - y).abs().max().item())
+    if not worst <= 1e-4:
+        raise SystemExit(f"the logits differ by {worst:.2g}: their speeds say nothing")
     seconds: dict[str, dict[str, list[float]]] = {
         who: {"decode": [], "prefill": []} for who in ("ours", "theirs")
     }
