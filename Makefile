@@ -8,19 +8,20 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help demo test test-all lint bench
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='arguments of the command']"
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.demo ## install, then train, export, verify and generate on real text
+demo: $(VENV)/.demo $(VENV)/.native ## install, then train, export, verify and generate on real text
 	$(BIN)/rwkv demo $(ARGS)
 
-test: $(VENV)/.dev ## install, then run the tests
+test: $(VENV)/.dev $(VENV)/.native ## install, then run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(VENV)/.dev ## the same with the slow tests
+test-all: $(VENV)/.dev $(VENV)/.native ## the same with the slow tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and codespell
@@ -29,7 +30,7 @@ lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-bench: $(VENV)/.dev ## run every script of benchmarks/
+bench: $(VENV)/.dev $(VENV)/.native ## run every script of benchmarks/
 	@set -e; found=; for script in benchmarks/[a-z]*.py; do \
 		[ -e "$$script" ] || continue; \
 		found=1; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
@@ -43,6 +44,11 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(call install,demo)
+	@touch $@
+
+# The native ops are compiled where there is a compiler; nothing depends on that.
+$(VENV)/.native: $(wildcard rwkv_core/ops/native/src/*) rwkv_core/ops/native/build.py pyproject.toml
+	@$(BIN)/rwkv build-native --if-possible || true
 	@touch $@
 
 define install

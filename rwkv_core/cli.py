@@ -190,8 +190,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub = verb(
         _build_native,
         "compile the native CPU ops for this machine",
-        "Optional: without them the ops run as torch operations, several times slower. Needs a C++\n"
-        "compiler (CXX, c++, g++ or clang++); takes seconds; the result is kept in a cache folder.",
+        "Optional: without them the ops run as torch operations, several times slower. Needs a\n"
+        "C++ compiler (CXX, c++, g++ or clang++), takes seconds, and keeps the result in a cache.",
     )
     sub.add_argument("--force", action="store_true", help="compile even if the cache has them")
     sub.add_argument("--if-possible", action="store_true", help="stay quiet, never fail")
@@ -371,7 +371,8 @@ def _build_native(args: argparse.Namespace) -> None:
     except (RWKVError, OSError) as error:
         if not args.if_possible:
             raise
-        logger.info("native ops: not built; the torch forms are used (%s)", str(error).split("\n")[0])
+        reason = str(error).partition("\n")[0]
+        logger.info("native ops: not built; the torch forms are used (%s)", reason)
         return
     if built.seconds:
         print(f"native ops    compiled with {built.compiler} in {built.seconds:.1f} s")
@@ -411,9 +412,12 @@ def _doctor(args: argparse.Namespace) -> None:
         print(f"native ops    {reason or f'{library.loaded().isa}, {library.loaded().path}'}")
         for op in ("wkv4", "wkv6", "wkv7", "bi_wkv"):
             module = importlib.import_module(f"rwkv_core.ops.{op}")
-            auto = library.choose("auto", module.TORCH_FORM, x) if "native" in module.IMPLS else ""
-            why = f" (native: {reason})" if reason and auto else ""
-            print(f"op {op:<10} {', '.join(module.IMPLS)}; auto is {auto or module.TORCH_FORM}{why}")
+            auto, why = module.TORCH_FORM, f"native: {reason}"
+            if "native" not in module.IMPLS:
+                why = "it has no native form"
+            elif reason is None:
+                auto, why = "native", "on CPU in fp32"
+            print(f"op {op:<10} {', '.join(module.IMPLS)}; auto is {auto} ({why})")
     else:
         print("Exported folders run without torch; training and export need it.")
 

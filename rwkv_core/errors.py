@@ -8,6 +8,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ExportError",
+    "NativeError",
     "RWKVError",
     "TrainingError",
     "UnknownNameError",
@@ -37,6 +38,10 @@ class TrainingError(RWKVError, RuntimeError):
 
 class ExportError(RWKVError, RuntimeError):
     """A model that cannot leave Python, or an exported folder that is not what it says."""
+
+
+class NativeError(RWKVError, RuntimeError):
+    """A native op that was asked for and cannot be built or cannot run here."""
 
 
 class UnknownNameError(RWKVError, KeyError):

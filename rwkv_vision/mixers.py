@@ -156,7 +156,7 @@ class SpatialMix(VisionMixer):
     @torch.jit.ignore
     def check_decay(self, error: type[RWKVError]) -> None:
         """Raise ``error`` if decay or bonus left the range of the op's implementation."""
-        if self.impl != "reference":
+        if self.impl not in ("reference", "native"):
             where = f"spatial mix of layer {self.layer}"
             check_decay(self.spatial_decay, self.spatial_first, layer=where, error=error)
 

@@ -51,6 +51,8 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     for package, home in HOMES.items():
         sources = {f"{package}/{file.relative_to(home)}" for file in home.rglob("*.py")}
         assert sources | {f"{package}/py.typed"} <= files
+    native = HOMES["rwkv_core"] / "ops" / "native" / "src"
+    assert {f"rwkv_core/ops/native/src/{file.name}" for file in native.iterdir()} <= files
     roots = {name.partition("/")[0] for name in files}
     (info,) = roots - set(HOMES)
     assert info.endswith(".dist-info")

@@ -84,7 +84,9 @@ def test_resume_gives_the_same_losses_bit_for_bit(config, tmp_path, monkeypatch)
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_checkpoints_exits_and_resumes_exactly(config, tmp_path, number):
     config = replace(config, train=replace(config.train, steps=300, checkpoint_every=0))
     source = tmp_path / "config.json"

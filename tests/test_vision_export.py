@@ -110,6 +110,7 @@ def test_manifest_says_what_a_host_needs(exported: tuple[Classifier, Path]) -> N
     assert len({(r["height"], r["width"]) for r in parity["graphs"]["image"]}) >= 3
 
 
+@pytest.mark.slow
 def test_any_other_model_of_timm_trains_and_exports(colors: Path, tmp_path: Path) -> None:
     config = small(colors, model="test_convnext", model_options={}, image_size=(32, 32))
     model = checkpoint.build("classify", config)

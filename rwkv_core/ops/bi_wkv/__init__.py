@@ -5,8 +5,10 @@ from torch import Tensor
 
 from rwkv_core.errors import RWKVError
 from rwkv_core.ops._common import state_dtype
+from rwkv_core.ops.bi_wkv.native import bi_wkv_native
 from rwkv_core.ops.bi_wkv.prefix import MAX_DECAY, BiWKVPrefix, bi_wkv_prefix
 from rwkv_core.ops.bi_wkv.reference import bi_wkv_reference
+from rwkv_core.ops.native.library import choose
 
 __all__ = ["IMPLS", "MAX_DECAY", "bi_wkv", "check_decay"]
 
@@ -24,8 +26,10 @@ def bi_wkv(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, *, impl: str 
         u_C: bonus of the token itself, times T [C].
         k_BTC: key [B, T, C]: the log of a token's weight.
         v_BTC: value [B, T, C].
-        impl: ``"reference"`` (time loop, any decay) or ``"prefix"`` (two cumulative sums; needs
-            |w|, |u| ≤ ``MAX_DECAY``, see :func:`check_decay`); ``"auto"`` is prefix.
+        impl: ``"reference"`` (time loop, any decay), ``"prefix"`` (two cumulative sums; needs
+            |w|, |u| ≤ ``MAX_DECAY``, see :func:`check_decay`) or ``"native"`` (C++ on CPU in fp32,
+            any decay; first derivatives only). ``"auto"`` is native where that is built and takes
+            the tensors, else prefix.
 
     Returns:
         y [B, T, C] in the dtype of ``v``; computed in fp32 (fp64 for fp64 values), autocast off.
@@ -34,8 +38,9 @@ def bi_wkv(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, *, impl: str 
 
     Raises:
         ValueError: a shape that does not fit the others, T = 0, or an unknown ``impl``.
+        NativeError: ``impl="native"`` cannot run here; the reason is named.
     """
-    run = IMPLS.get("prefix" if impl == "auto" else impl)
+    run = IMPLS.get(choose(impl, TORCH_FORM, v_BTC))
     if run is None:
         raise ValueError(
             f"bi_wkv: unknown impl {impl!r}; expected 'auto' or one of {sorted(IMPLS)}"
@@ -82,4 +87,5 @@ def _prefix(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor) -> Tensor:
     return bi_wkv_prefix(*inputs)
 
 
-IMPLS = {"reference": bi_wkv_reference, "prefix": _prefix}
+TORCH_FORM = "prefix"  # what "auto" is where the native form cannot run
+IMPLS = {"reference": bi_wkv_reference, "prefix": _prefix, "native": bi_wkv_native}

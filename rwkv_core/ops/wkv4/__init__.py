@@ -12,6 +12,7 @@ from rwkv_core.ops.wkv4.scan import wkv4_scan
 
 __all__ = ["EMPTY", "IMPLS", "WKV4Output", "WKV4State", "wkv4", "wkv4_step"]
 
+TORCH_FORM = "scan"  # what "auto" is where the native form cannot run
 IMPLS = {"reference": wkv4_reference, "scan": wkv4_scan}
 
 EMPTY = -1e30

@@ -5,12 +5,15 @@ from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
 from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, state_dtype
+from rwkv_core.ops.native.library import choose
 from rwkv_core.ops.wkv6.chunked import wkv6_chunked
+from rwkv_core.ops.wkv6.native import wkv6_native
 from rwkv_core.ops.wkv6.reference import wkv6_reference, wkv6_step
 
 __all__ = ["IMPLS", "wkv6", "wkv6_step"]
 
-IMPLS = {"reference": wkv6_reference, "chunked": wkv6_chunked}
+TORCH_FORM = "chunked"  # what "auto" is where the native form cannot run
+IMPLS = {"reference": wkv6_reference, "chunked": wkv6_chunked, "native": wkv6_native}
 
 
 def wkv6(
@@ -32,7 +35,9 @@ def wkv6(
         v_BTHV: value [B, T, H, V].
         u_HK: bonus of the current token [H, K].
         state_BHKV: state before the first token [B, H, K, V]; zeros if None.
-        impl: ``"reference"`` (time loop) or ``"chunked"`` (matrix products); ``"auto"`` is chunked.
+        impl: ``"reference"`` (time loop), ``"chunked"`` (matrix products) or ``"native"`` (C++ on
+            CPU in fp32; first derivatives only). ``"auto"`` is native where that is built and takes
+            the tensors, else chunked.
 
     Returns:
         ``WKVOutput(y_BTHV, state_BHKV)``: y in the dtype of ``v``, the state in fp32 (fp64 for fp64
@@ -41,13 +46,14 @@ def wkv6(
     Raises:
         ValueError: a shape that does not fit the others.
         ConfigError: an unknown ``impl``; the nearest one is named.
+        NativeError: ``impl="native"`` cannot run here; the reason is named.
     """
     _, _, H, K = check_shapes("wkv6", r_BTHK, {"w": w_BTHK, "k": k_BTHK})
     check_shapes("wkv6", r_BTHK[..., :1], {"v": v_BTHV[..., :1]})
     if u_HK.shape != (H, K):
         raise ValueError(f"wkv6: u has shape {tuple(u_HK.shape)}, expected {(H, K)} [H, K]")
     state_BHKV = check_state("wkv6", state_BHKV, K, v_BTHV)
-    run = IMPLS.get("chunked" if impl == "auto" else impl)
+    run = IMPLS.get(choose(impl, TORCH_FORM, v_BTHV))
     if run is None:
         raise ConfigError(f"wkv6: unknown impl {impl!r}; {did_you_mean(impl, ['auto', *IMPLS])}")
     dtype = state_dtype(v_BTHV)

@@ -5,12 +5,15 @@ from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
 from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, state_dtype
+from rwkv_core.ops.native.library import choose
 from rwkv_core.ops.wkv7.chunked import wkv7_chunked
+from rwkv_core.ops.wkv7.native import wkv7_native
 from rwkv_core.ops.wkv7.reference import wkv7_reference, wkv7_step
 
 __all__ = ["IMPLS", "wkv7", "wkv7_step"]
 
-IMPLS = {"reference": wkv7_reference, "chunked": wkv7_chunked}
+TORCH_FORM = "chunked"  # what "auto" is where the native form cannot run
+IMPLS = {"reference": wkv7_reference, "chunked": wkv7_chunked, "native": wkv7_native}
 
 
 def wkv7(
@@ -34,8 +37,9 @@ def wkv7(
         a_BTHK: removal key [B, T, H, K]; RWKV-7 passes −κ̂.
         b_BTHK: replacement key [B, T, H, K]; RWKV-7 passes κ̂ ⊙ in-context learning rate.
         state_BHKV: state before the first token [B, H, K, V]; zeros if None.
-        impl: ``"reference"`` (time loop) or ``"chunked"`` (matrix products; needs |w| ≤ 5);
-            ``"auto"`` is chunked.
+        impl: ``"reference"`` (time loop), ``"chunked"`` (matrix products; needs |w| ≤ 5) or
+            ``"native"`` (C++ on CPU in fp32, any w; first derivatives only). ``"auto"`` is native
+            where that is built and takes the tensors, else chunked.
 
     Returns:
         ``WKVOutput(y_BTHV, state_BHKV)``: y in the dtype of ``v``, the state in fp32 (fp64 for fp64
@@ -44,11 +48,12 @@ def wkv7(
     Raises:
         ValueError: a shape that does not fit the others.
         ConfigError: an unknown ``impl``; the nearest one is named.
+        NativeError: ``impl="native"`` cannot run here; the reason is named.
     """
     *_, K = check_shapes("wkv7", r_BTHK, {"w": w_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK})
     check_shapes("wkv7", r_BTHK[..., :1], {"v": v_BTHV[..., :1]})
     state_BHKV = check_state("wkv7", state_BHKV, K, v_BTHV)
-    run = IMPLS.get("chunked" if impl == "auto" else impl)
+    run = IMPLS.get(choose(impl, TORCH_FORM, v_BTHV))
     if run is None:
         raise ConfigError(f"wkv7: unknown impl {impl!r}; {did_you_mean(impl, ['auto', *IMPLS])}")
     dtype = state_dtype(v_BTHV)

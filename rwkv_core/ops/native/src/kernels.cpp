@@ -1,0 +1,6 @@
+// Every kernel, for one instruction set. build.py compiles this file once per set, with
+//   -DISA=<suffix of the names> -DLANES=<floats of a vector>
+
+#include "bi_wkv.h"
+#include "wkv6.h"
+#include "wkv7.h"

@@ -1,0 +1,116 @@
+"""WKV-6 in C++, as an operator of torch: what is kept for the backward pass, and the gradients.
+
+The algebra is in ``ops/native/src/wkv6.h``. Forward and backward are plain recurrences in fp32, for
+any head size and any decay. The forward pass keeps the state at the start of every chunk of tokens:
+an extra K·V / CHUNK floats per token and head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_core.errors import NativeError
+from rwkv_core.ops.native.library import check, loaded
+
+CHUNK = 32
+TILE = 16  # as in heads.h
+
+
+def wkv6_native(
+    r_BTHK: Tensor,
+    w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    u_HK: Tensor,
+    state_BHKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(y_BTHV, state_BHKV)``; every argument already in fp32."""
+    check("wkv6", v_BTHV)
+    if v_BTHV.shape[1] == 0:
+        return v_BTHV, state_BHKV
+    inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state_BHKV)
+    train = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y_BTHV, state_BHKV, _ = _forward(*inputs, train)
+    return y_BTHV, state_BHKV
+
+
+def _sizes(r_BTHK: Tensor, v_BTHV: Tensor) -> tuple[int, ...]:
+    return (*r_BTHK.shape, v_BTHV.shape[-1], CHUNK)
+
+
+@torch.library.custom_op("rwkv::wkv6_forward", mutates_args=(), device_types="cpu")
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, train: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (r, w, k, v, u, state)]
+    y, last, states = outputs = _outputs(r, v, state, train)
+    loaded().run("wkv6_forward", _sizes(r, v), inputs, (y, last, states if train else None))
+    return outputs
+
+
+def _outputs(r: Tensor, v: Tensor, state: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, K = r.shape
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    last = torch.empty_like(state, memory_format=torch.contiguous_format)
+    if not train:
+        return y, last, v.new_empty(0)
+    # [chunks, tiles of values, K, TILE] per head
+    return y, last, v.new_empty(B, H, -(-T // CHUNK), -(-v.shape[-1] // TILE), K, TILE)
+
+
+@_forward.register_fake
+def _(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, train: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(r, v, state, train)
+
+
+@torch.library.custom_op("rwkv::wkv6_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, states: Tensor, dy: Tensor, dlast: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (r, w, k, v, u, states, dy, dlast)]
+    dr, dw, dk, dv = (torch.empty_like(x) for x in inputs[:4])
+    du_BHK, dstate = r.new_empty(r.shape[0], *u.shape), torch.empty_like(inputs[-1])
+    loaded().run("wkv6_backward", _sizes(r, v), inputs, (dr, dw, dk, dv, du_BHK, dstate))
+    return dr, dw, dk, dv, du_BHK.double().sum(0).float(), dstate
+
+
+@_backward.register_fake
+def _(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, states: Tensor, dy: Tensor, dlast: Tensor
+) -> tuple[Tensor, ...]:
+    like = (r, w, k, v, u, dlast)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _state, train = inputs
+    _, last, states = output
+    if not train:
+        raise NativeError("wkv6: the native forward pass was told that no backward pass follows")
+    ctx.mark_non_differentiable(states)
+    ctx.set_materialize_grads(False)
+    ctx.last_shape = last.shape
+    ctx.save_for_backward(*tensors, states)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    v = saved[3]
+    dy = torch.zeros_like(v) if dy is None else dy
+    dlast = v.new_zeros(ctx.last_shape) if dlast is None else dlast
+    return (*_backward(*saved, dy, dlast), None)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NativeError(
+        "wkv6: impl='native' has no second derivative; use impl='chunked' or 'reference'"
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+_backward.register_autograd(_no_second_derivative)
