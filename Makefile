@@ -5,6 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= --numprocesses=2 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -19,7 +20,7 @@ demo: $(VENV)/.demo $(VENV)/.native ## install, then train, export, verify and g
 	$(BIN)/rwkv demo $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.native ## install, then run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.native ## the same with the slow tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
