@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from rwkv_core.mixers.base import Generation, HeadNorm, MatrixState, Mixer, Shared, check_heads
 from rwkv_core.mixers.rwkv4 import ChannelMix4
-from rwkv_core.ops._common import state_dtype
 from rwkv_core.ops.shift import token_shift
 from rwkv_core.ops.wkv6 import wkv6, wkv6_step
 
@@ -171,7 +170,7 @@ class TimeMix5(Mixer):
         p = self.project(torch.addcmul(previous_1BD, x_1BD - previous_1BD, mix_4D).split(1))
         w, u = self.decay_and_bonus()
         wkv_BHKV = state.wkv_BHKV
-        r, w, k, v, u = (x.to(wkv_BHKV.dtype) for x in (p[0], w, *p[1:3], u))
+        r, k, v, u = (x.to(wkv_BHKV.dtype) for x in (*p[:3], u))
         y_1BH1V, wkv_BHKV = wkv6_step(r, w, k, v, u, wkv_BHKV)
         state = state._replace(att_shift_BD=x_1BD, wkv_BHKV=wkv_BHKV)
         return self.finish(y_1BH1V.to(x_1BD.dtype), p.g_D), state, shared
@@ -190,9 +189,13 @@ class TimeMix5(Mixer):
         return Projections5(r, k, v, None if self.gate is None else F.silu(self.gate(mixed[3])))
 
     def decay_and_bonus(self) -> tuple[Tensor, Tensor]:
-        """Return w (< 0, in fp32 at least) and u as rows [H, 1, K]."""
+        """Return w (< 0, in fp64) and u as rows [H, 1, K].
+
+        A decay is the same at every step: were it one rounding away from what another library makes
+        of the same parameter, a memory of thousands of tokens would be thousands of roundings away.
+        """
         rows = (-1, 1, self.head_dim if self.time_decay.ndim == 2 else 1)
-        w_H1K = -self.time_decay.to(state_dtype(self.time_decay)).exp().view(rows)
+        w_H1K = -self.time_decay.double().exp().view(rows)
         u_H1K = getattr(self, self.bonus_name).view(rows)
         if self.bonus_name == "time_first":
             u_H1K = u_H1K.exp()

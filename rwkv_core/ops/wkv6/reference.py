@@ -42,9 +42,10 @@ def wkv6_step(
 ) -> tuple[Tensor, Tensor]:
     """Advance the state by one token and return ``(y_BH1V, state_BHKV)``: the body of the loop.
 
-    Vectors are rows, in the state's dtype; any number of leading axes. Plain operations only: this
-    is what exports.
+    Vectors are rows, in the state's dtype (``w`` may be in fp64); any number of leading axes. Plain
+    operations only: this is what exports.
     """
     new_BHKV = k_BH1K.mT @ v_BH1V
     y_BH1V = r_BH1K @ (state_BHKV + u_H1K.mT * new_BHKV)
-    return y_BH1V, w_BH1K.exp().mT * state_BHKV + new_BHKV
+    decay_BH1K = w_BH1K.exp().to(state_BHKV.dtype)
+    return y_BH1V, decay_BH1K.mT * state_BHKV + new_BHKV
