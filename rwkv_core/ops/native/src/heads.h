@@ -57,6 +57,26 @@ inline void keep_state(const HeadSizes& size, float* to, const float* S) {
   });
 }
 
+// The inputs of the chunk that a thread turns to next, as many as there are. While it works on token t
+// of one chunk it asks for token t of the next, a cache line of each input with every block: the rows
+// of a head lie too far apart for the processor to foresee. Exact where K = V, and only a hint: what
+// does not exist is not fetched.
+struct Ahead {
+  const float* inputs[8];
+  int64_t stride;
+
+  void fetch(int64_t t, int64_t at) const {
+    for (const float* rows : inputs)
+      if (rows) __builtin_prefetch(rows + t * stride + at);
+  }
+};
+
+// How many rows of a head further the next chunk begins: the same tokens of the next head, or the
+// following (with step L·H) or preceding (-L·H) tokens of the first one.
+INLINE int64_t rows_ahead(int64_t h, int64_t heads, int64_t step) {
+  return h + 1 < heads ? 1 : step - h;
+}
+
 // Σ a b c
 INLINE float dot3(const float* a, const float* b, const float* c, int64_t n) {
   float sums[4] = {};

@@ -96,15 +96,22 @@ INLINE bool decays(int64_t n, float* w, float* factor, float* keep) {
 
 // ---- sums over lanes ---------------------------------------------------------------------------
 
+// Of two vectors: the even and the odd lanes, within each four; then the even and the odd fours.
 #if LANES == 4
 #define EVEN_LANES 0, 2, 4, 6
 #define ODD_LANES 1, 3, 5, 7
+#define EVEN_FOURS EVEN_LANES
+#define ODD_FOURS ODD_LANES
 #elif LANES == 8
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#define EVEN_LANES 0, 2, 8, 10, 4, 6, 12, 14
+#define ODD_LANES 1, 3, 9, 11, 5, 7, 13, 15
+#define EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11
+#define ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15
 #else
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define EVEN_LANES 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30
+#define ODD_LANES 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31
+#define EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
 #endif
 #ifdef __clang__
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
@@ -114,9 +121,13 @@ INLINE bool decays(int64_t n, float* w, float* factor, float* keep) {
 
 // Write the sums over the lanes of LANES vectors, in order; x is overwritten.
 INLINE void lane_sums(Vec* x, float* sums) {
-  for (int n = LANES / 2; n > 0; n /= 2)
+  int n = LANES / 2;
+  for (; n > LANES / 8; n /= 2)
     for (int i = 0; i < n; i++)
       x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], EVEN_LANES) + SHUFFLE(x[2 * i], x[2 * i + 1], ODD_LANES);
+  for (; n > 0; n /= 2)
+    for (int i = 0; i < n; i++)
+      x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], EVEN_FOURS) + SHUFFLE(x[2 * i], x[2 * i + 1], ODD_FOURS);
   store(sums, x[0]);
 }
 

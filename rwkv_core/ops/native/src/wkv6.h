@@ -19,11 +19,14 @@ struct Wkv6Chunk {
   const float *r, *k;          // rows of this chunk, `key_stride` apart
   const float *factor, *keep;  // rows `keys` apart
   const float* bonus;          // Σ r u k of every token
+  Ahead ahead;
 };
 
 template <int Vectors, bool Strong>
-void wkv6_columns(const Wkv6Chunk& c, float* S, int64_t padded, const float* v, float* y) {
+void wkv6_columns(const Wkv6Chunk& c, float* S, int64_t padded, int64_t at, const float* v,
+                  float* y) {
   for (int64_t t = 0; t < c.n; t++) {
+    c.ahead.fetch(t, at);
     const float *r = c.r + t * c.key_stride, *k = c.k + t * c.key_stride;
     const float *factor = c.factor + t * c.keys, *keep = c.keep + t * c.keys;
     Vec value[Vectors], read[Vectors];
@@ -75,12 +78,12 @@ struct Wkv6Forward {
   static void chunk(const Wkv6Chunk& c, float* S, const Work& work, int64_t padded) {
     each_block(padded, [&](int64_t at, int64_t width) {
       auto columns = width == LANES ? wkv6_columns<1, Strong> : wkv6_columns<FORWARD_VECTORS, Strong>;
-      columns(c, S + at * c.K, padded, work.v + at, work.y + at);
+      columns(c, S + at * c.K, padded, at, work.v + at, work.y + at);
     });
   }
 
-  // One chunk of one head, from token t on; S is its state.
-  void advance(int64_t bh, int64_t t, float* S, const Work& work) const {
+  // One chunk of one head, from token t on; S is its state, and the next chunk `rows` further.
+  void advance(int64_t bh, int64_t t, int64_t rows, float* S, const Work& work) const {
     const auto [B, T, H, K, V, L] = size;
     const int64_t n = t + L < T ? L : T - t;
     const int64_t keys = round_up(K, LANES), padded = round_up(V, LANES);
@@ -91,7 +94,9 @@ struct Wkv6Forward {
     pack(work.v, padded, v + value, H * V, n, V);
     for (int64_t i = 0; i < n; i++)
       work.bonus[i] = dot3(r + key + i * H * K, u + bh % H * K, k + key + i * H * K, K);
-    Wkv6Chunk c = {n, K, H * K, keys, r + key, k + key, work.factor, work.keep, work.bonus};
+    const int64_t soon = key + rows * K;
+    Wkv6Chunk c = {n, K, H * K, keys, r + key, k + key, work.factor, work.keep, work.bonus,
+                   {{r + soon, w + soon, k + soon, v + value + rows * V}, H * K}};
     strong ? chunk<true>(c, S, work, padded) : chunk<false>(c, S, work, padded);
     unpack(y + value, H * V, work.y, padded, n, V);
   }
@@ -102,7 +107,8 @@ struct Wkv6Forward {
     const int64_t area = size.K * round_up(size.V, LANES), KV = size.K * size.V;
     for (int64_t h = 0; h < heads; h++) read_state(size, work.S + h * area, start + (first + h) * KV);
     for (int64_t t = 0; t < size.T; t += size.L)
-      for (int64_t h = 0; h < heads; h++) advance(first + h, t, work.S + h * area, work);
+      for (int64_t h = 0; h < heads; h++)
+        advance(first + h, t, rows_ahead(h, heads, size.L * size.H), work.S + h * area, work);
     for (int64_t h = 0; h < heads; h++) write_state(size, last + (first + h) * KV, work.S + h * area);
   }
 };
@@ -185,19 +191,23 @@ struct Wkv6Backward {
   }
 
   template <bool Strong>
-  static void tile(const Work& m, float* G, int64_t n, int64_t keys, int64_t values, int64_t first) {
+  static void tile(const Work& m, const Ahead& ahead, float* G, int64_t n, int64_t keys,
+                   int64_t values, int64_t first) {
     const float *v = m.v + first, *dy = m.dy + first;
     recompute<Strong>(m, n, keys, v, values);
     for (int64_t t = n - 1; t >= 0; t--) {
       const int64_t row = t * values;
+      ahead.fetch(t, first);
       collect<Strong>(m, t, keys, m.S + t * TILE * keys, G, v + row, dy + row);
       for (int64_t i = 0; i < TILE; i += LANES)
         lane_sums((Vec*)(m.dv_lanes + i * LANES), m.dv + row + first + i);
     }
   }
 
-  // One chunk of one head; G is the gradient of the state after it, and becomes that before it.
-  void retreat(int64_t bh, int64_t index, float* G, double* du_head, const Work& m) const {
+  // One chunk of one head; G is the gradient of the state after it, and becomes that before it. The
+  // next chunk is `rows` further.
+  void retreat(int64_t bh, int64_t index, int64_t rows, float* G, double* du_head,
+               const Work& m) const {
     const auto [B, T, H, K, V, L] = size;
     const int64_t keys = round_up(K, LANES), values = round_up(V, TILE);
     const int64_t begin = index * L, n = begin + L < T ? L : T - begin;
@@ -212,14 +222,17 @@ struct Wkv6Backward {
     pack(m.dy, values, dy + value, H * V, n, V);
     const bool strong = decays(n * keys, m.plain, m.factor, m.keep);
     float* sums[] = {m.dr, m.dw, m.dk};
-    for (float* rows : sums) memset(rows, 0, 4 * n * keys);
+    for (float* sum : sums) memset(sum, 0, 4 * n * keys);
+    const int64_t soon = key + rows * K, soon_value = value + rows * V;
+    const Ahead ahead = {{r + soon, w + soon, k + soon, v + soon_value, dy + soon_value}, H * K};
 
     for (int64_t first = 0; first < values; first += TILE) {
       float* g = G + first * keys;
       transpose(m.S, keys, state + first * K, TILE, K, TILE);
       const int64_t next = first + TILE < values ? (first + TILE) * K : -size.kept();
       fetch(state + next, TILE * K);  // the next tile, or the first one of the chunk before
-      strong ? tile<true>(m, g, n, keys, values, first) : tile<false>(m, g, n, keys, values, first);
+      auto run = strong ? tile<true> : tile<false>;
+      run(m, ahead, g, n, keys, values, first);
     }
 
     for (int64_t t = 0; t < n; t++) {
@@ -255,7 +268,8 @@ struct Wkv6Backward {
       transpose(m.G + h * area, keys, dlast + (first + h) * K * V, V, K, V);
     for (int64_t index = size.chunks() - 1; index >= 0; index--)
       for (int64_t h = 0; h < heads; h++)
-        retreat(first + h, index, m.G + h * area, m.du + h * keys, m);
+        retreat(first + h, index, rows_ahead(h, heads, -size.L * size.H), m.G + h * area,
+                m.du + h * keys, m);
     for (int64_t h = 0; h < heads; h++) {
       transpose(dstart + (first + h) * K * V, V, m.G + h * area, keys, V, K);
       for (int64_t j = 0; j < K; j++) du[(first + h) * K + j] = m.du[h * keys + j];

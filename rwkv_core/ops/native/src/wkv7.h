@@ -32,13 +32,14 @@ struct Wkv7Chunk {
   int64_t n, K, key_stride, keys;
   const float *r, *k, *a, *b;  // rows of this chunk, `key_stride` apart
   const float *factor, *keep;  // rows `keys` apart
+  Ahead ahead;
 };
 
 // Take a block of `Vectors` vectors of columns through a chunk. S holds the rows of the block one
 // behind the other: at a power of two apart they would push each other out of the cache.
 template <int Vectors, bool Strong>
-void wkv7_columns(const Wkv7Chunk& c, float* S, int64_t padded, const float* v, float* y,
-                  float* z) {
+void wkv7_columns(const Wkv7Chunk& c, float* S, int64_t padded, int64_t at, const float* v,
+                  float* y, float* z) {
   Vec found[Vectors] = {};
   for (int64_t j = 0; j < c.K; j++)
     for (int i = 0; i < Vectors; i++) found[i] += c.a[j] * load(S + (j * Vectors + i) * LANES);
@@ -47,6 +48,7 @@ void wkv7_columns(const Wkv7Chunk& c, float* S, int64_t padded, const float* v, 
     const float *b = c.b + t * c.key_stride;
     const float* next_a = c.a + (t + 1 < c.n ? t + 1 : t) * c.key_stride;
     const float *factor = c.factor + t * c.keys, *keep = c.keep + t * c.keys;
+    c.ahead.fetch(t, at);
     Vec value[Vectors], removed[Vectors], read[Vectors] = {}, next[Vectors] = {};
     for (int i = 0; i < Vectors; i++) {
       value[i] = load(v + t * padded + i * LANES);
@@ -105,12 +107,12 @@ struct Wkv7Forward {
   static void chunk(const Wkv7Chunk& c, float* S, const Work& work, int64_t padded) {
     each_block(padded, [&](int64_t at, int64_t width) {
       auto columns = width == LANES ? wkv7_columns<1, Strong> : wkv7_columns<FORWARD_VECTORS, Strong>;
-      columns(c, S + at * c.K, padded, work.v + at, work.y + at, work.z + at);
+      columns(c, S + at * c.K, padded, at, work.v + at, work.y + at, work.z + at);
     });
   }
 
-  // One chunk of one head, from token t on; S is its state.
-  void advance(int64_t bh, int64_t t, float* S, const Work& work) const {
+  // One chunk of one head, from token t on; S is its state, and the next chunk `rows` further.
+  void advance(int64_t bh, int64_t t, int64_t rows, float* S, const Work& work) const {
     const auto [B, T, H, K, V, L] = size;
     const int64_t n = t + L < T ? L : T - t;
     const int64_t keys = round_up(K, LANES), padded = round_up(V, LANES);
@@ -119,8 +121,9 @@ struct Wkv7Forward {
     pack(work.plain, keys, w + key, H * K, n, K);
     const bool strong = decays(n * keys, work.plain, work.factor, work.keep);
     pack(work.v, padded, v + value, H * V, n, V);
-    Wkv7Chunk c = {n, K, H * K, keys, r + key, k + key, a + key, b + key,
-                   work.factor, work.keep};
+    const int64_t soon = key + rows * K;
+    Wkv7Chunk c = {n, K, H * K, keys, r + key, k + key, a + key, b + key, work.factor, work.keep,
+                   {{r + soon, w + soon, k + soon, a + soon, b + soon, v + value + rows * V}, H * K}};
     strong ? chunk<true>(c, S, work, padded) : chunk<false>(c, S, work, padded);
     unpack(y + value, H * V, work.y, padded, n, V);
     if (z) unpack(z + value, H * V, work.z, padded, n, V);
@@ -132,14 +135,15 @@ struct Wkv7Forward {
     const int64_t area = size.K * round_up(size.V, LANES), KV = size.K * size.V;
     for (int64_t h = 0; h < heads; h++) read_state(size, work.S + h * area, start + (first + h) * KV);
     for (int64_t t = 0; t < size.T; t += size.L)
-      for (int64_t h = 0; h < heads; h++) advance(first + h, t, work.S + h * area, work);
+      for (int64_t h = 0; h < heads; h++)
+        advance(first + h, t, rows_ahead(h, heads, size.L * size.H), work.S + h * area, work);
     for (int64_t h = 0; h < heads; h++) write_state(size, last + (first + h) * KV, work.S + h * area);
   }
 };
 
 // ---- backward ----------------------------------------------------------------------------------
 
-constexpr int BACKWARD_VECTORS = LANES == 16 ? 2 : 1;  // of a block of keys, held in registers
+constexpr int BACKWARD_VECTORS = 2;  // of a block of keys, held in registers
 constexpr int64_t BACKWARD_KEYS = BACKWARD_VECTORS * LANES;
 
 struct Wkv7Backward {
@@ -180,16 +184,25 @@ struct Wkv7Backward {
   template <bool Strong>
   NOINLINE static void recompute(const Work& m, int64_t n, int64_t keys, const float* v, const float* z,
                         int64_t values) {
+    constexpr int N = BACKWARD_VECTORS;
     for (int64_t t = 0; t + 1 < n; t++) {
       const float* from = m.S + t * TILE * keys;
       float* to = m.S + (t + 1) * TILE * keys;
-      for (int64_t j = 0; j < keys; j += LANES) {
-        const int64_t at = t * keys + j;
-        const Vec factor = load(m.factor + at), k = load(m.k + at), b = load(m.b + at);
-        const Ints keep = (Ints)load(m.keep + at);
+      for (int64_t j = 0; j < keys; j += BACKWARD_KEYS) {
+        Vec factor[N], k[N], b[N];
+        Ints keep[N];
+        for (int x = 0; x < N; x++) {
+          const int64_t at = t * keys + j + x * LANES;
+          factor[x] = load(m.factor + at), k[x] = load(m.k + at), b[x] = load(m.b + at);
+          keep[x] = (Ints)load(m.keep + at);
+        }
         for (int64_t i = 0; i < TILE; i++) {
-          Vec s = decayed<Strong>(load(from + i * keys + j), factor, keep);
-          store(to + i * keys + j, s + k * v[t * values + i] + b * z[t * values + i]);
+          const Vec vi = all(v[t * values + i]), zi = all(z[t * values + i]);
+          for (int x = 0; x < N; x++) {
+            const int64_t here = i * keys + j + x * LANES;
+            const Vec s = decayed<Strong>(load(from + here), factor[x], keep[x]);
+            store(to + here, s + k[x] * vi + b[x] * zi);
+          }
         }
       }
     }
@@ -239,29 +252,37 @@ struct Wkv7Backward {
   // The rest of that token: da, and G on its way to the token before.
   template <bool Strong>
   NOINLINE static void hand_back(const Work& m, int64_t t, int64_t keys, const float* S, float* G) {
-    for (int64_t j = 0; j < keys; j += LANES) {
-      const int64_t at = t * keys + j;
-      const Vec factor = load(m.factor + at), a = load(m.a + at);
-      const Ints keep = (Ints)load(m.keep + at);
-      Vec da = load(m.da + at);
+    constexpr int N = BACKWARD_VECTORS;
+    for (int64_t j = 0; j < keys; j += BACKWARD_KEYS) {
+      Vec factor[N], a[N], da[N];
+      Ints keep[N];
+      for (int x = 0; x < N; x++) {
+        const int64_t at = t * keys + j + x * LANES;
+        factor[x] = load(m.factor + at), a[x] = load(m.a + at), da[x] = load(m.da + at);
+        keep[x] = (Ints)load(m.keep + at);
+      }
       const float* sums = m.dz;
       for (int64_t i = 0; i < TILE; i++) {
-        const int64_t here = i * keys + j;
         const Vec dz = all(sums[i]);
-        da += load(S + here) * dz;
-        store(G + here, decayed<Strong>(load(G + here), factor, keep) + a * dz);
+        for (int x = 0; x < N; x++) {
+          const int64_t here = i * keys + j + x * LANES;
+          da[x] += load(S + here) * dz;
+          store(G + here, decayed<Strong>(load(G + here), factor[x], keep[x]) + a[x] * dz);
+        }
       }
-      store(m.da + at, da);
+      for (int x = 0; x < N; x++) store(m.da + t * keys + j + x * LANES, da[x]);
     }
   }
 
   template <bool Strong>
-  static void tile(const Work& m, float* G, int64_t n, int64_t keys, int64_t values, int64_t first) {
+  static void tile(const Work& m, const Ahead& ahead, float* G, int64_t n, int64_t keys,
+                   int64_t values, int64_t first) {
     const float *v = m.v + first, *z = m.z + first, *dy = m.dy + first;
     recompute<Strong>(m, n, keys, v, z, values);
     for (int64_t t = n - 1; t >= 0; t--) {
       const float* S = m.S + t * TILE * keys;
       const int64_t row = t * values;
+      ahead.fetch(t, first);
       collect(m, t, keys, S, G, v + row, z + row, dy + row);
       for (int64_t i = 0; i < TILE; i += LANES) {
         lane_sums((Vec*)(m.dv_lanes + i * LANES), m.dv + row + first + i);
@@ -271,8 +292,9 @@ struct Wkv7Backward {
     }
   }
 
-  // One chunk of one head; G is the gradient of the state after it, and becomes that before it.
-  void retreat(int64_t bh, int64_t index, float* G, const Work& m) const {
+  // One chunk of one head; G is the gradient of the state after it, and becomes that before it. The
+  // next chunk is `rows` further.
+  void retreat(int64_t bh, int64_t index, int64_t rows, float* G, const Work& m) const {
     const auto [B, T, H, K, V, L] = size;
     const int64_t keys = round_up(K, BACKWARD_KEYS), values = round_up(V, TILE);
     const int64_t begin = index * L, n = begin + L < T ? L : T - begin;
@@ -289,14 +311,18 @@ struct Wkv7Backward {
     pack(m.dy, values, dy + value, H * V, n, V);
     const bool strong = decays(n * keys, m.plain, m.factor, m.keep);
     float* sums[] = {m.dr, m.dw, m.dk, m.da, m.db};
-    for (float* rows : sums) memset(rows, 0, 4 * n * keys);
+    for (float* sum : sums) memset(sum, 0, 4 * n * keys);
+    const int64_t soon = key + rows * K, soon_value = value + rows * V;
+    const Ahead ahead = {{r + soon, w + soon, k + soon, a + soon, b + soon, v + soon_value,
+                          z + soon_value, dy + soon_value}, H * K};
 
     for (int64_t first = 0; first < values; first += TILE) {
       transpose(m.S, keys, state + first * K, TILE, K, TILE);
       float* g = G + first * keys;
       const int64_t next = first + TILE < values ? (first + TILE) * K : -size.kept();
       fetch(state + next, TILE * K);  // the next tile, or the first one of the chunk before
-      strong ? tile<true>(m, g, n, keys, values, first) : tile<false>(m, g, n, keys, values, first);
+      auto run = strong ? tile<true> : tile<false>;
+      run(m, ahead, g, n, keys, values, first);
     }
 
     for (int64_t t = 0; t < n; t++) {
@@ -325,7 +351,8 @@ struct Wkv7Backward {
     for (int64_t h = 0; h < heads; h++)
       transpose(m.G + h * area, keys, dlast + (first + h) * K * V, V, K, V);
     for (int64_t index = size.chunks() - 1; index >= 0; index--)
-      for (int64_t h = 0; h < heads; h++) retreat(first + h, index, m.G + h * area, m);
+      for (int64_t h = 0; h < heads; h++)
+        retreat(first + h, index, rows_ahead(h, heads, -size.L * size.H), m.G + h * area, m);
     for (int64_t h = 0; h < heads; h++)
       transpose(dstart + (first + h) * K * V, V, m.G + h * area, keys, V, K);
   }
