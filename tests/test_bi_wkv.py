@@ -86,10 +86,21 @@ def test_prefix_gradients_match_the_reference(T: int, decay: float) -> None:
                 assert error <= 1e-5 * scale
 
 
-def test_adjoint_passes_gradcheck() -> None:
+def test_adjoint_passes_gradcheck_twice() -> None:
     inputs = [x.double().requires_grad_() for x in draw(5, 9.0, 1.0, C=3)]
     assert ADJOINT(*inputs).grad_fn.name() == "BiWKVPrefixBackward"
     assert torch.autograd.gradcheck(ADJOINT, inputs)
+    assert torch.autograd.gradgradcheck(ADJOINT, inputs)
+
+
+def test_functorch_transforms_see_plain_operations() -> None:
+    inputs = tuple(x.double() for x in draw(5, 9.0, 1.0, C=3))
+    ours = torch.func.grad(lambda *x: ADJOINT(*x).square().sum(), (0, 1, 2, 3))(*inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    for grad, truth in zip(
+        ours, torch.autograd.grad(ADJOINT(*leaves).square().sum(), leaves), strict=True
+    ):
+        assert relative_error(grad, truth) <= 1e-12
 
 
 def test_adjoint_keeps_few_tensors_for_the_backward_pass() -> None:

@@ -1,10 +1,12 @@
 """What every recurrence shares: the result, the state's dtype, the shape check."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class WKVOutput(NamedTuple):
@@ -45,3 +47,49 @@ def check_state(op: str, state_BHKV: Tensor | None, key_dim: int, v_BTHV: Tensor
             f"{op}: state has shape {tuple(state_BHKV.shape)}, expected {shape} [B, H, K, V]"
         )
     return state_BHKV
+
+
+def is_traced(*inputs: Tensor) -> bool:
+    """Tell whether anything but autograd looks at the operations on these tensors.
+
+    Compilers, tracers, exporters, ``torch.func`` and forward-mode differentiation then get plain
+    operations; eager code may get an adjoint of our own.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+
+
+def differentiable_again(
+    plain: Callable[..., Any],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the ``backward`` of an adjoint of our own, which itself is not differentiated.
+
+    Where its result will be (``create_graph=True``), the gradients are those that autograd finds
+    for ``plain``, the same function in plain operations. The inputs are the first saved tensors.
+    Autocast, which may be on where ``backward()`` is called, does not reach either.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> Any:
+            with torch.autocast(grads[0].device.type, enabled=False):
+                if not torch.is_grad_enabled():
+                    return backward(ctx, *grads)
+                needs = ctx.needs_input_grad
+                inputs = ctx.saved_tensors[: len(needs)]
+                found = torch.autograd.grad(
+                    plain(*inputs),
+                    [x for x, is_needed in zip(inputs, needs, strict=True) if is_needed],
+                    grads,
+                    create_graph=True,
+                    allow_unused=True,
+                )
+                rest = iter(found)
+                return tuple(next(rest) if is_needed else None for is_needed in needs)
+
+        return run
+
+    return decorate

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import RWKVError
-from rwkv_core.ops._common import state_dtype
+from rwkv_core.ops._common import is_traced, state_dtype
 from rwkv_core.ops.bi_wkv.native import bi_wkv_native
 from rwkv_core.ops.bi_wkv.prefix import MAX_DECAY, BiWKVPrefix, bi_wkv_prefix
 from rwkv_core.ops.bi_wkv.reference import bi_wkv_reference
@@ -33,8 +33,9 @@ def bi_wkv(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, *, impl: str 
 
     Returns:
         y [B, T, C] in the dtype of ``v``; computed in fp32 (fp64 for fp64 values), autocast off.
-        Prefix uses its own adjoint where autograd records eager code on CPU or CUDA; what is
-        compiled or exported holds the plain operations, differentiable by themselves.
+        Prefix uses its own adjoint where autograd records eager code on CPU or CUDA, derivatives of
+        any order; what is compiled, exported or transformed by ``torch.func`` holds the plain
+        operations.
 
     Raises:
         ValueError: a shape that does not fit the others, T = 0, or an unknown ``impl``.
@@ -81,11 +82,11 @@ def check_decay(w_C: Tensor, u_C: Tensor, *, layer: str, error: type[RWKVError])
 def _prefix(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor) -> Tensor:
     """Choose between the adjoint and plain autograd, outside whatever is traced."""
     inputs = (w_C, u_C, k_BTC, v_BTC)
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    if eager and torch.is_grad_enabled() and k_BTC.device.type in ("cpu", "cuda"):
-        return BiWKVPrefix.apply(*inputs)
-    return bi_wkv_prefix(*inputs)
+    if is_traced(*inputs) or not torch.is_grad_enabled() or k_BTC.device.type not in HAVE_FP64:
+        return bi_wkv_prefix(*inputs)
+    return BiWKVPrefix.apply(*inputs)
 
 
+HAVE_FP64 = ("cpu", "cuda")  # devices
 TORCH_FORM = "prefix"  # what "auto" is where the native form cannot run
 IMPLS = {"reference": bi_wkv_reference, "prefix": _prefix, "native": bi_wkv_native}

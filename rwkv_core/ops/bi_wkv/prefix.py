@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_core.ops._common import differentiable_again
+
 MAX_DECAY = 60.0
 
 
@@ -93,7 +95,7 @@ class BiWKVPrefix(torch.autograd.Function):
         return y_BTC
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_again(bi_wkv_prefix)
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of w, u, k and v."""
         w_C, u_C, k_BTC, v_BTC, y_BTC, den_BTC, diff_BTC = ctx.saved_tensors

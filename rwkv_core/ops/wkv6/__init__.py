@@ -1,19 +1,36 @@
 """WKV-6, the decayed outer products of RWKV-5 and RWKV-6: public op, implementations, its step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
-from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, state_dtype
+from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, is_traced, state_dtype
 from rwkv_core.ops.native.library import choose
-from rwkv_core.ops.wkv6.chunked import wkv6_chunked
+from rwkv_core.ops.wkv6.chunked import WKV6Chunked, wkv6_chunked
 from rwkv_core.ops.wkv6.native import wkv6_native
 from rwkv_core.ops.wkv6.reference import wkv6_reference, wkv6_step
 
 __all__ = ["IMPLS", "wkv6", "wkv6_step"]
 
 TORCH_FORM = "chunked"  # what "auto" is where the native form cannot run
-IMPLS = {"reference": wkv6_reference, "chunked": wkv6_chunked, "native": wkv6_native}
+
+
+def _chunked(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose between the adjoint and plain operations, outside whatever is traced."""
+    if is_traced(*inputs) or inputs[0].shape[1] == 0:
+        return wkv6_chunked(*inputs)
+    if not torch.is_grad_enabled():
+        inputs = tuple(x.detach() for x in inputs)  # nothing is kept for those
+    return WKV6Chunked.apply(*inputs)
+
+
+IMPLS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": wkv6_reference,
+    "chunked": _chunked,
+    "native": wkv6_native,
+}
 
 
 def wkv6(
@@ -37,7 +54,9 @@ def wkv6(
         state_BHKV: state before the first token [B, H, K, V]; zeros if None.
         impl: ``"reference"`` (time loop), ``"chunked"`` (matrix products) or ``"native"`` (C++ on
             CPU in fp32; first derivatives only). ``"auto"`` is native where that is built and takes
-            the tensors, else chunked.
+            the tensors, else chunked. Chunked uses its own adjoint in eager code, derivatives of
+            any order; what is compiled, exported or transformed by ``torch.func`` holds the plain
+            operations.
 
     Returns:
         ``WKVOutput(y_BTHV, state_BHKV)``: y in the dtype of ``v``, the state in fp32 (fp64 for fp64

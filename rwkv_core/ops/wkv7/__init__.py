@@ -1,19 +1,36 @@
 """WKV-7, the generalised delta rule of RWKV-7: public op, its implementations, its single step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
-from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, state_dtype
+from rwkv_core.ops._common import WKVOutput, check_shapes, check_state, is_traced, state_dtype
 from rwkv_core.ops.native.library import choose
-from rwkv_core.ops.wkv7.chunked import wkv7_chunked
+from rwkv_core.ops.wkv7.chunked import WKV7Chunked, wkv7_chunked
 from rwkv_core.ops.wkv7.native import wkv7_native
 from rwkv_core.ops.wkv7.reference import wkv7_reference, wkv7_step
 
 __all__ = ["IMPLS", "wkv7", "wkv7_step"]
 
 TORCH_FORM = "chunked"  # what "auto" is where the native form cannot run
-IMPLS = {"reference": wkv7_reference, "chunked": wkv7_chunked, "native": wkv7_native}
+
+
+def _chunked(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose between the adjoint and plain operations, outside whatever is traced."""
+    if is_traced(*inputs) or inputs[0].shape[1] == 0:
+        return wkv7_chunked(*inputs)
+    if not torch.is_grad_enabled():
+        inputs = tuple(x.detach() for x in inputs)  # nothing is kept for those
+    return WKV7Chunked.apply(*inputs)
+
+
+IMPLS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": wkv7_reference,
+    "chunked": _chunked,
+    "native": wkv7_native,
+}
 
 
 def wkv7(
@@ -39,7 +56,9 @@ def wkv7(
         state_BHKV: state before the first token [B, H, K, V]; zeros if None.
         impl: ``"reference"`` (time loop), ``"chunked"`` (matrix products; needs |w| ≤ 5) or
             ``"native"`` (C++ on CPU in fp32, any w; first derivatives only). ``"auto"`` is native
-            where that is built and takes the tensors, else chunked.
+            where that is built and takes the tensors, else chunked. Chunked uses its own adjoint in
+            eager code, derivatives of any order; what is compiled, exported or transformed by
+            ``torch.func`` holds the plain operations.
 
     Returns:
         ``WKVOutput(y_BTHV, state_BHKV)``: y in the dtype of ``v``, the state in fp32 (fp64 for fp64
