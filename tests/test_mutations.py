@@ -21,6 +21,7 @@ BASE, TRUNK, PRECISION = (
     "rwkv_core/precision.py",
 )
 WKV4, WKV6, WKV7 = (f"rwkv_core/ops/wkv{g}" for g in "467")
+LAYER7 = "rwkv_core/ops/rwkv7_layer.py"
 NUMPY7 = "tests/test_rwkv7.py::test_model_matches_an_independent_numpy_forward"
 NUMPY = "tests/test_generations.py::test_model_matches_an_independent_numpy_forward"
 INIT = "tests/test_generations.py -k initial"
@@ -34,24 +35,26 @@ FILES = "tests/test_formats_ggmf.py tests/test_formats.py"
 MUTATIONS = [
     # generation 7
     Mutation("7: group-norm eps 1e-5", V7, "norm_eps: float = 64e-5", "norm_eps: float = 1e-5", NUMPY7),
-    Mutation("7: k_a ignored", V7, "k = k * (1 - k_a + alpha * k_a)", "pass", NUMPY7),
-    Mutation("7: bonus r_k dropped", V7, "self.ln_x(y_H1V) + bonus_H1V", "self.ln_x(y_H1V)", NUMPY7),
-    Mutation("7: bonus before the norm", V7, "self.ln_x(y_H1V) + bonus_H1V", "self.ln_x(y_H1V + bonus_H1V)", NUMPY7),
-    Mutation("7: decay 0.1 % off", V7, "math.exp(-0.5)\n", "math.exp(-0.501)\n", NUMPY7),
-    Mutation("7: no value residual", V7, "v = v + (shared.v_first - v)", "v = v + 0 * (shared.v_first - v)", NUMPY7),
-    Mutation("7: v_first of the layer before", V7, "            v = v + (shared", "            shared = shared._replace(v_first=v)\n            v = v + (shared", NUMPY7),
-    Mutation("7: key norm √(Σ + 1e-6)", V7, "kappa / kappa.norm(dim=-1, keepdim=True).clamp_min(1e-12)", "kappa / (kappa.square().sum(-1, keepdim=True) + 1e-6).sqrt()", NUMPY7),
-    Mutation("7: removal key from the rescaled key", V7, "        kappa = (k *", "        k = k * (1 + (alpha - 1) * self.heads(self.k_a))\n        kappa = (k *", NUMPY7),
+    Mutation("7: k_a ignored", LAYER7, "k = k * (1 - k_a + alpha * k_a)", "pass", NUMPY7),
+    Mutation("7: bonus r_k dropped", LAYER7, "bias_D, eps) + bonus_H1V", "bias_D, eps)", NUMPY7),
+    Mutation("7: bonus before the norm", LAYER7, "head_norm(y_H1V, weight_D, bias_D, eps) + bonus_H1V", "head_norm(y_H1V + bonus_H1V, weight_D, bias_D, eps)", NUMPY7),
+    Mutation("7: decay 0.1 % off", LAYER7, "math.exp(-0.5)\n", "math.exp(-0.501)\n", NUMPY7),
+    Mutation("7: no value residual", LAYER7, "v = v + (v_first - v)", "v = v + 0 * (v_first - v)", NUMPY7),
+    Mutation("7: v_first of the layer before", V7, "        k_k_HK = self", "        shared = shared._replace(v_first=v)\n        k_k_HK = self", NUMPY7),
+    Mutation("7: key norm √(Σ + 1e-6)", LAYER7, "kappa / kappa.norm(dim=-1, keepdim=True).clamp_min(1e-12)", "kappa / (kappa.square().sum(-1, keepdim=True) + 1e-6).sqrt()", NUMPY7),
+    Mutation("7: removal key from the rescaled key", LAYER7, "    kappa = (k *", "    k = k * (1 + (alpha - 1) * _rows(k_a, *size))\n    kappa = (k *", NUMPY7),
     Mutation("7: no tanh in the decay", V7, "torch.tanh(x_w @ self.w1)", "(x_w @ self.w1)", NUMPY7),
-    Mutation("7: a nonlinearity in α", V7, "self.a0 + x_a @ self.a1 @", "self.a0 + torch.tanh(x_a @ self.a1) @", NUMPY7),
+    Mutation("7: a nonlinearity in α", V7, "lora_a = x_a @ self.a1 @", "lora_a = torch.tanh(x_a @ self.a1) @", NUMPY7),
     Mutation("7: gate without σ", V7, "torch.sigmoid(x_g @ self.g1)", "(x_g @ self.g1)", NUMPY7),
     Mutation("7: w0 trained at the common rate", V7, '"w0": 2.0', '"w0": 1.0', "tests/test_rwkv7.py -k optimiser"),
     Mutation("7: k_a starts at 1", V7, "self.k_a.fill_(1.02)", "self.k_a.fill_(1.0)", "tests/test_rwkv7.py -k initial"),
     Mutation("7: delta term dropped", f"{WKV7}/reference.py", " + b_BH1K.mT @ removed_BH1V", "", OP7),
     Mutation("7: read before the update", f"{WKV7}/reference.py", "    state_BHKV = w", "    before = state_BHKV\n    state_BHKV = w", OP7, ("return r_BH1K @ state_BHKV", "return r_BH1K @ before")),
     Mutation("7: state V×K", f"{WKV7}/reference.py", "removed_BH1V = a_BH1K @ state_BHKV", "removed_BH1V = a_BH1K @ state_BHKV.mT", OP7),
-    Mutation("7: chunk inverse as a product", f"{WKV7}/chunked.py", "torch.linalg.solve_triangular(unit - A_ab, rhs, upper=False, unitriangular=True)", "(unit + A_ab) @ (unit + A_ab @ A_ab) @ rhs", OP7),
-    Mutation("7: chunk drops the state", f"{WKV7}/chunked.py", "decay * state_BHKV + s_v", "s_v", OP7),
+    Mutation("7: chunk inverse as a product", f"{WKV7}/chunked.py", "torch.linalg.solve_triangular(unit - A_ab, unit, upper=False, unitriangular=True)", "(unit + A_ab) @ (unit + A_ab @ A_ab)", OP7),
+    Mutation("7: chunk drops the state", f"{WKV7}/chunked.py", "torch.baddbmm(decay_n * state, written_n.mT, both)", "written_n.mT @ both", OP7),
+    Mutation("7: what does not see is multiplied by 0", f"{WKV7}/chunked.py", "(read @ written.mT).masked_fill(above, 0)", "(read @ written.mT) * ~above", OP7),
+    Mutation("7: decay's gradient without the state's", f"{WKV7}/chunked.py", "dg[..., -1, :] += (after * dafter).sum(-1)", "pass", OP7),
     # generation 6
     Mutation("6: shift order r w k v g", V6, "x_w, x_k, x_v, x_r, x_g = mixed", "x_r, x_w, x_k, x_v, x_g = mixed", NUMPY),
     Mutation("6: no tanh in the shift", V6, "h_R = torch.tanh(torch.addcmul(x_D, d_D, self.time_maa_x) @ self.time_maa_w1)", "h_R = torch.addcmul(x_D, d_D, self.time_maa_x) @ self.time_maa_w1", NUMPY),
@@ -64,9 +67,10 @@ MUTATIONS = [
     Mutation("6: bonus dropped", f"{WKV6}/reference.py", "state_BHKV + u_H1K.mT * new_BHKV", "state_BHKV", OP6),
     Mutation("6: read after the update", f"{WKV6}/reference.py", "state_BHKV + u_H1K.mT * new_BHKV", "w_BH1K.exp().mT * state_BHKV + new_BHKV", OP6),
     Mutation("6: decay on the value axis", f"{WKV6}/reference.py", "decay_BH1K.mT * state_BHKV", "decay_BH1K * state_BHKV", OP6),
-    Mutation("6: exponents as differences of sums", f"{WKV6}/chunked.py", "return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)", "return x.cumsum(-2) - x", OP6),
-    Mutation("6: halves meet at the wrong place", f"{WKV6}/chunked.py", "(k_1 * _sum_after(w_1).exp()).mT", "k_1.mT", OP6),
-    Mutation("6: decay of one token too few", f"{WKV6}/chunked.py", "w[..., distance:-1, :]", "w[..., distance - 1 : -2, :]", OP6),
+    Mutation("6: exponents as differences of sums", f"{WKV6}/chunked.py", "read_2 * total_1.exp()", "read_2 * (total_1 + total_2 - total_2).exp()", OP6),
+    Mutation("6: halves meet at the wrong place", f"{WKV6}/chunked.py", "written_1 * total_2.exp()", "written_1", OP6),
+    Mutation("6: decay of half a block", f"{WKV6}/chunked.py", "(total_1 + total_2).squeeze(-2)", "total_2.squeeze(-2)", OP6),
+    Mutation("6: decay's gradient without the state's", f"{WKV6}/chunked.py", "dtotal = (decay * (states * dafter).sum(-1, keepdim=True)).mT", "dtotal = 0 * decay.mT", OP6),
     # generation 5
     Mutation("5.0: bonus not exponentiated", V5, "u_H1K = u_H1K.exp()", "pass", NUMPY),
     Mutation("5.2: bonus exponentiated", V5, 'if self.bonus_name == "time_first":\n            u_H1K', 'if True:\n            u_H1K', NUMPY),
@@ -86,7 +90,7 @@ MUTATIONS = [
     Mutation("4: mixing turned round", V4, "torch.addcmul(previous_BTD, x_BTD - previous_BTD, mix_3D)", "torch.addcmul(x_BTD, previous_BTD - x_BTD, mix_3D)", NUMPY),
     Mutation("4: time_first all ones", V4, "math.log(0.3) + 0.5 * ((n + 1) % 3 - 1)", "torch.ones(self.dim)", INIT),
     # what all share
-    Mutation("norm over the width, not the head", BASE, "y_H1V = F.layer_norm(y_H1V, rows[-1:], eps=self.eps)", "y_H1V = F.layer_norm(y_H1V, y_H1V.shape[-3:], eps=self.eps)", NUMPY),
+    Mutation("norm over the width, not the head", "rwkv_core/ops/head_norm.py", "y_H1V = F.layer_norm(y_H1V, rows[-1:], eps=eps)", "y_H1V = F.layer_norm(y_H1V, y_H1V.shape[-3:], eps=eps)", NUMPY),
     Mutation("first norm left out", TRUNK, "shared, after = Shared(tokens_BT), []\n        x_BTD = self.ln_in(x_BTD)", "shared, after = Shared(tokens_BT), []", NUMPY),
     Mutation("shift sees the same token", "rwkv_core/ops/shift.py", "x_BSD[:, :-1], x_BSD", "x_BSD[:, 1:], x_BSD", NUMPY),
     Mutation("one layer divides by zero", V5, "rho = self.layer / max(self.depth - 1, 1)", "rho = self.layer / (self.depth - 1)", "tests/test_generations.py -k one_layer"),

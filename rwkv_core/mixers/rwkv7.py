@@ -19,7 +19,6 @@ T (``x_D``, ``r_H1K``) belong to code that both paths use: a sequence brings [B,
 [1, B, ...].
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,19 +28,20 @@ from torch import Tensor, nn
 from rwkv_core.mixers.base import (
     Generation,
     HeadNorm,
+    Linear,
     MatrixState,
     Mixer,
     Shared,
     check_heads,
     lora_rank,
 )  # fmt: skip
-from rwkv_core.ops._common import WKVOutput, state_dtype
-from rwkv_core.ops.shift import token_shift
+from rwkv_core.ops._common import WKVOutput
+from rwkv_core.ops.rwkv7_layer import finish7, gates7
+from rwkv_core.ops.squared_relu import squared_relu
+from rwkv_core.ops.token_mix import token_mix
 from rwkv_core.ops.wkv7 import wkv7, wkv7_step
 
 __all__ = ["RWKV7", "ChannelMix7", "Projections7", "TimeMix7"]
-
-MAX_LOG_DECAY = math.exp(-0.5)
 
 
 class Projections7(NamedTuple):
@@ -115,10 +115,10 @@ class TimeMix7(Mixer):
         self.k_k, self.k_a = vector(), vector()
         self.r_k = vector(dim // head_dim, head_dim)
         self.time_state = vector(dim // head_dim, head_dim, head_dim) if tuned_state else None
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.receptance = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.output = Linear(dim, dim)
         self.ln_x = HeadNorm(dim, norm_eps)
         self.reset_parameters()
 
@@ -185,9 +185,7 @@ class TimeMix7(Mixer):
         self, x_BTD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
-        previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
-        mix_6D = self.shift_mix()[:, None, None]
-        mixed = torch.addcmul(x_BTD, previous_BTD - x_BTD, mix_6D).unbind()
+        mixed, last_BD = token_mix(x_BTD, state.att_shift_BD, self.shift_mix())
         p, shared = self.project(mixed, shared)
         y_BTHV, wkv_BHKV = self.recurrence(p, state.wkv_BHKV)
         state = state._replace(att_shift_BD=last_BD, wkv_BHKV=wkv_BHKV)
@@ -213,25 +211,19 @@ class TimeMix7(Mixer):
     def project(self, mixed: Sequence[Tensor], shared: Shared) -> tuple[Projections7, Shared]:
         """Compute what the recurrence reads from the six shifted inputs [..., D] (r w k v a g)."""
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
-        # decay and unit keys in fp32: half precision has too few digits near 1
-        dtype = state_dtype(x_r)
-        r = self.heads(self.receptance(x_r))
-        lora_w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
-        w = self.heads(-MAX_LOG_DECAY * torch.sigmoid(lora_w.to(dtype)))
-        k = self.heads(self.key(x_k))
-        v = self.value(x_v)
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        lora_w = torch.tanh(x_w @ self.w1) @ self.w2
+        lora_a = x_a @ self.a1 @ self.a2
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        mixed_in = None
         if shared.v_first is None:
             shared = shared._replace(v_first=v)
         else:
-            v = v + (shared.v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
-        alpha = self.heads(torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2))
-        g = torch.sigmoid(x_g @ self.g1) @ self.g2
-
-        kappa = (k * self.heads(self.k_k)).to(dtype)
-        kappa = kappa / kappa.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        k_a = self.heads(self.k_a)
-        k = k * (1 - k_a + alpha * k_a)
-        return Projections7(r, w, k, self.heads(v), -kappa, kappa * alpha, g), shared
+            mixed_in = (shared.v_first, x_v @ self.v1 @ self.v2, self.v0)
+        k_k_HK = self.k_k.view_as(self.r_k)
+        gates = gates7(lora_w, lora_a, k, v, self.w0, self.a0, k_k_HK, self.k_a, mixed_in)
+        w, k, a, b, v = gates
+        return Projections7(self.heads(r), w, k, v, a, b, g), shared
 
     def recurrence(self, p: Projections7, wkv_BHKV: Tensor) -> WKVOutput:
         """Run the op over the sequence."""
@@ -240,9 +232,9 @@ class TimeMix7(Mixer):
 
     def finish(self, y_H1V: Tensor, p: Projections7) -> Tensor:
         """Normalise each head, add the bonus of the current token, gate, and project out."""
-        bonus_H1V = (p.r_H1K * p.k_H1K * self.r_k[:, None]).sum(-1, keepdim=True) * p.v_H1V
-        y_D = (self.ln_x(y_H1V) + bonus_H1V).flatten(-3)
-        return self.output(y_D * p.g_D)
+        norm = self.ln_x
+        rows = (y_H1V, p.r_H1K, p.k_H1K, p.v_H1V)
+        return self.output(finish7(*rows, p.g_D, self.r_k, norm.weight, norm.bias, norm.eps))
 
     def heads(self, x_D: Tensor) -> Tensor:
         """View [..., D] as rows [..., H, 1, K]."""
@@ -267,8 +259,8 @@ class ChannelMix7(Mixer):
         super().__init__()
         self.layer, self.depth = layer, depth
         self.x_k = nn.Parameter(torch.empty(dim))
-        self.key = nn.Linear(dim, hidden_dim or 4 * dim, bias=False)
-        self.value = nn.Linear(hidden_dim or 4 * dim, dim, bias=False)
+        self.key = Linear(dim, hidden_dim or 4 * dim)
+        self.value = Linear(hidden_dim or 4 * dim, dim)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -288,20 +280,19 @@ class ChannelMix7(Mixer):
         self, x_BTD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
-        previous_BTD, last_BD = token_shift(x_BTD, state.ffn_shift_BD)
-        return self.mix(x_BTD, previous_BTD), state._replace(ffn_shift_BD=last_BD), shared
+        (x_k,), last_BD = token_mix(x_BTD, state.ffn_shift_BD, self.x_k[None])
+        return self.expand(x_k), state._replace(ffn_shift_BD=last_BD), shared
 
     def step(
         self, x_1BD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix one token of each sequence, time first [1, B, D]; so are the state's tensors."""
-        y_1BD = self.mix(x_1BD, state.ffn_shift_BD)
+        y_1BD = self.expand(torch.addcmul(x_1BD, state.ffn_shift_BD - x_1BD, self.x_k))
         return y_1BD, state._replace(ffn_shift_BD=x_1BD), shared
 
-    def mix(self, x_D: Tensor, previous_D: Tensor) -> Tensor:
+    def expand(self, x_k_D: Tensor) -> Tensor:
         """Expand the interpolated token [..., D], square its positive part, and project back."""
-        x_k = torch.addcmul(x_D, previous_D - x_D, self.x_k)
-        return self.value(torch.relu(self.key(x_k)).square())
+        return self.value(squared_relu(self.key(x_k_D)))
 
 
 RWKV7 = Generation(TimeMix7, ChannelMix7)

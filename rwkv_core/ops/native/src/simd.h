@@ -140,6 +140,27 @@ INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
+// ---- rows of any length ------------------------------------------------------------------------
+
+// Call visit(at, read, write) for floats 0 … n - 1, a vector at a time. The last few are a vector too,
+// in which lanes beyond n read as zero and are not written.
+template <typename Visit>
+INLINE void each_vector(int64_t n, Visit visit) {
+  int64_t at = 0;
+  for (; at + LANES <= n; at += LANES)
+    visit(at, [](const float* p) { return load(p); }, [](float* p, Vec x) { store(p, x); });
+  const int64_t left = n - at;
+  if (left == 0) return;
+  auto read = [left](const float* p) {
+    Vec x = {};
+    for (int64_t lane = 0; lane < left; lane++) x[lane] = p[lane];
+    return x;
+  };
+  visit(at, read, [left](float* p, Vec x) {
+    for (int64_t lane = 0; lane < left; lane++) p[lane] = x[lane];
+  });
+}
+
 // ---- memory ------------------------------------------------------------------------------------
 
 // Floats handed out from one block, each piece aligned to a cache line. A first pass over the
