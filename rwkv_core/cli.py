@@ -410,7 +410,7 @@ def _doctor(args: argparse.Namespace) -> None:
         x = torch.empty(0)
         reason = library.why_not(x)
         print(f"native ops    {reason or f'{library.loaded().isa}, {library.loaded().path}'}")
-        for op in ("wkv4", "wkv6", "wkv7", "bi_wkv"):
+        for op in ("wkv4", "wkv6", "wkv7", "bi_wkv", "bi_wkv6"):
             module = importlib.import_module(f"rwkv_core.ops.{op}")
             auto, why = module.TORCH_FORM, f"native: {reason}"
             if "native" not in module.IMPLS:

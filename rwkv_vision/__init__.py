@@ -17,7 +17,7 @@ __all__ = ["VRWKV", "ClassifyConfig", "Prediction"]
 _HOMES = {"ClassifyConfig": "config", "Prediction": "host", "VRWKV": "encoder"}
 
 try:
-    importlib.import_module("rwkv_vision.encoder")
+    importlib.import_module("rwkv_vision.models")
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("torch", "timm", "torchvision", "safetensors"):
         raise

@@ -1,73 +1,33 @@
-"""Vision-RWKV as a timm model: patches, a trunk of VRWKV blocks over [B, H, W, C], a head.
+"""Vision-RWKV as a timm model: patches, a trunk of RWKV blocks over [B, H, W, C], a head.
 
-Importing this module registers the models below with timm. Tokens stay an image throughout, so a
-block is ``block(x)`` for any image size, and timm's features, intermediates, checkpointing and
-tracing work as for a convolutional network.
+Tokens stay an image throughout, so a block works for any image size, and timm's features,
+intermediates, checkpointing and tracing work as for a convolutional network. The models that bear
+names are in :mod:`rwkv_vision.models`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
-    DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
     resample_abs_pos_embed,
     trunc_normal_,
 )
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_core.errors import RWKVError
-from rwkv_vision.mixers import ChannelMix, SpatialMix
+from rwkv_core.train.optim import param_groups
+from rwkv_vision.blocks import make_block
+from rwkv_vision.head import HiddenHead
+from rwkv_vision.mixers import NORM_EPS, SpatialMix
+from rwkv_vision.official import load_pre_hook
 
 __all__ = ["VRWKV"]
-
-NORM_EPS = 1e-5  # the authors'; timm's own models use 1e-6
-
-
-class Block(nn.Module):
-    """Spatial mix and channel mix, each behind a LayerNorm, a residual and stochastic depth.
-
-    The first block also normalises its input, and that norm replaces the trunk.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        layer: int,
-        depth: int,
-        hidden_rate: int,
-        drop_path: float,
-        weight_std: float | None,
-        impl: str,
-    ) -> None:
-        super().__init__()
-        self.ln0 = nn.LayerNorm(dim, NORM_EPS) if layer == 0 else nn.Identity()
-        self.ln1 = nn.LayerNorm(dim, NORM_EPS)
-        self.ln2 = nn.LayerNorm(dim, NORM_EPS)
-        self.att = SpatialMix(dim, layer=layer, depth=depth, weight_std=weight_std, impl=impl)
-        self.ffn = ChannelMix(
-            dim, layer=layer, depth=depth, hidden_rate=hidden_rate, weight_std=weight_std
-        )
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Map an image of features [B, H, W, C]."""
-        x_BHWC = self.ln0(x_BHWC)
-        x_BHWC = x_BHWC + self.drop_path(self.att(self.ln1(x_BHWC)))
-        return x_BHWC + self.drop_path(self.ffn(self.ln2(x_BHWC)))
 
 
 class VRWKV(nn.Module):
@@ -81,13 +41,23 @@ class VRWKV(nn.Module):
         global_pool: timm's name of the pooling.
         embed_dim: width C.
         depth: number of blocks.
+        mixer: generation of the blocks: ``"vrwkv"`` (after RWKV-4), ``"vrwkv6"`` or ``"vrwkv7"``.
+        head_dim: head size of generations 6 and 7, a divisor of C.
         hidden_rate: inner width of the channel mix, as a multiple of C.
+        key_norm: further norms within the mixers, which the authors' largest model has; not for 7.
+        post_norm: normalise what mixers return, not what they get.
+        init_values: start of a factor per channel on what mixers return; None is no factor.
+        head_hidden: width of a hidden layer in the head; 0 is none.
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block, falling linearly to 0 at the first.
         weight_std: of the linear maps at the start. The authors' 0.02 is made for C = 192 and
-            more; narrow models learn sooner from 1/√(inputs), which is None.
-        impl: implementation of the op, as in :func:`rwkv_core.ops.bi_wkv`.
+            more; narrow models learn sooner from 1/√(inputs), which is None. The mixers of
+            generation 7 keep their own law.
+        impl: implementation of the generation's op, as in :func:`rwkv_core.ops.bi_wkv`.
+
+    Raises:
+        ConfigError: sizes or options that do not fit; what would is named.
     """
 
     def __init__(
@@ -100,7 +70,13 @@ class VRWKV(nn.Module):
         global_pool: str = "avg",
         embed_dim: int = 192,
         depth: int = 12,
+        mixer: str = "vrwkv",
+        head_dim: int = 64,
         hidden_rate: int = 4,
+        key_norm: bool = False,
+        post_norm: bool = False,
+        init_values: float | None = None,
+        head_hidden: int = 0,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -109,7 +85,8 @@ class VRWKV(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_features = self.embed_dim = embed_dim
+        self.head_hidden_size = head_hidden or embed_dim
         self.output_fmt = "NHWC"
         self.grad_checkpointing = False
         self.weight_std = weight_std
@@ -130,11 +107,16 @@ class VRWKV(nn.Module):
         rates: list[float] = calculate_drop_path_rates(drop_path_rate, depth)  # type: ignore
         self.blocks = nn.Sequential(
             *(
-                Block(
+                make_block(
+                    mixer,
                     embed_dim,
                     layer=i,
                     depth=depth,
+                    head_dim=head_dim,
                     hidden_rate=hidden_rate,
+                    key_norm=key_norm,
+                    post_norm=post_norm,
+                    init_values=init_values,
                     drop_path=rates[i],
                     weight_std=weight_std,
                     impl=impl,
@@ -147,22 +129,34 @@ class VRWKV(nn.Module):
             for i in range(depth)
         ]
         self.norm: nn.Module = nn.LayerNorm(embed_dim, NORM_EPS)
-        self.head = ClassifierHead(
-            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC"
-        )
-        self._reset_head()
+        self.head: ClassifierHead
+        if head_hidden:
+            self.head = HiddenHead(
+                embed_dim, head_hidden, num_classes, pool_type=global_pool, drop_rate=drop_rate
+            )
+        else:
+            self.head = ClassifierHead(
+                embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC"
+            )
+        self._reset_linear(self.head)
+        self.register_load_state_dict_pre_hook(load_pre_hook)  # the authors' names, too
 
-    def _reset_head(self) -> None:
-        """Initialise the classifier: weight normal of σ = weight_std or 1/√C, bias 0."""
-        if isinstance(self.head.fc, nn.Linear):
-            std = self.weight_std or self.head.fc.in_features**-0.5
-            trunc_normal_(self.head.fc.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(self.head.fc.bias)
+    def _reset_linear(self, module: nn.Module) -> None:
+        """Initialise linear maps of the head: weight normal of σ = weight_std or 1/√C, bias 0."""
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                std = self.weight_std or linear.in_features**-0.5
+                trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+                nn.init.zeros_(linear.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return what timm's optimisers must not decay: position embedding and interpolation."""
-        return {n for n, _ in self.named_parameters() if n == "pos_embed" or "spatial_mix" in n}
+        """Return what timm's optimisers must not decay: all but the weights of linear maps.
+
+        timm takes a list of names and no learning-rate factors: of the layers' own recipe it drops
+        the factor 2 on ``time_decay`` (generation 6) and ``w0`` (7). ``rwkv train`` keeps both.
+        """
+        return {n for names, _, decays in param_groups(self) if not decays for n in names}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -196,10 +190,10 @@ class VRWKV(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; 0 classes leave it out."""
+        """Replace the last linear map; 0 classes leave it out."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self._reset_head()
+        self._reset_linear(self.head.fc)
 
     @torch.jit.ignore
     def check_decay(self, error: type[RWKVError]) -> None:
@@ -258,8 +252,11 @@ class VRWKV(nn.Module):
             else:
                 x = block(x)
             if i in take:
-                y = self.norm(x) if norm else x
+                y = x[0] if isinstance(x, tuple) else x
+                y = self.norm(y) if norm else y
                 found.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+        if isinstance(x, tuple):
+            x = x[0]
         return found if intermediates_only else (self.norm(x), found)
 
     def prune_intermediate_layers(
@@ -274,7 +271,8 @@ class VRWKV(nn.Module):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0, "")
+            self.head = ClassifierHead(self.embed_dim, 0, pool_type="", input_fmt="NHWC")
+            self.num_classes, self.head_hidden_size = 0, self.embed_dim
         return take
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
@@ -284,6 +282,8 @@ class VRWKV(nn.Module):
             x_BHWC = checkpoint_seq(self.blocks, x_BHWC, use_reentrant=False)
         else:
             x_BHWC = self.blocks(x_BHWC)
+        if isinstance(x_BHWC, tuple):  # generation 7 hands the first value on
+            x_BHWC = x_BHWC[0]
         return self.norm(x_BHWC)
 
     def forward_head(self, x_BHWC: Tensor, pre_logits: bool = False) -> Tensor:
@@ -293,65 +293,3 @@ class VRWKV(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map images [B, C, H, W] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x_BCHW))
-
-
-def _cfg(*, input_size: tuple[int, int, int], patch: int, crop_pct: float) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": input_size,
-        "pool_size": (input_size[1] // patch, input_size[2] // patch),
-        "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vrwkv_tiny_patch16_224.untrained": _cfg(
-            input_size=(3, 224, 224), patch=16, crop_pct=0.875
-        ),
-        "vrwkv_nano_patch4_28.untrained": _cfg(input_size=(3, 28, 28), patch=4, crop_pct=1.0),
-        "test_vrwkv.untrained": _cfg(input_size=(3, 64, 64), patch=16, crop_pct=1.0),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, sizes: Mapping[str, Any], given: Any) -> VRWKV:
-    options = {**sizes, **given}
-    depth = options["depth"]
-    n_features = min(depth, 4)
-    evenly = tuple(depth * (i + 1) // n_features - 1 for i in range(n_features))
-    return build_model_with_cfg(
-        VRWKV,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": evenly, "feature_cls": "getter"},
-        **options,
-    )
-
-
-@register_model
-def vrwkv_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV-T of the paper: 6,155,176 parameters with 1000 classes."""
-    sizes = {"img_size": 224, "embed_dim": 192, "depth": 12, "weight_std": 0.02}
-    return _create("vrwkv_tiny_patch16_224", pretrained, sizes, kwargs)
-
-
-@register_model
-def vrwkv_nano_patch4_28(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """Four narrow layers for small images, such as handwritten digits."""
-    sizes = {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4}
-    return _create("vrwkv_nano_patch4_28", pretrained, sizes, kwargs)
-
-
-@register_model
-def test_vrwkv(pretrained: bool = False, **kwargs: Any) -> VRWKV:  # noqa: PT028 - no test
-    """Three layers that tests can afford."""
-    sizes = {"img_size": 64, "embed_dim": 32, "depth": 3}
-    return _create("test_vrwkv", pretrained, sizes, kwargs)

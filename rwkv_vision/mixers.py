@@ -29,6 +29,8 @@ from rwkv_vision.shift import QShift
 
 __all__ = ["ChannelMix", "SpatialMix"]
 
+NORM_EPS = 1e-5  # the authors'; timm's own models use 1e-6
+
 
 def _bi_wkv(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, impl: str) -> Tensor:
     """Run the op; TorchScript, which takes no keyword-only arguments, gets its plain operations."""
@@ -44,51 +46,33 @@ def _bi_wkv(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, impl: str) -
 torch.fx.wrap("_bi_wkv")
 
 
-class VisionMixer(Mixer):
-    """A mixer over an image of features: ``forward(x_BHWC) -> y_BHWC``; no state, any grid.
+def reset_linear(mixer: nn.Module, weight_std: float | None) -> None:
+    """Draw the linear maps' weights from a normal cut off at 2 σ; None is σ = 1/√(inputs)."""
+    for module in mixer.children():
+        if isinstance(module, nn.Linear):
+            std = weight_std or 1 / math.sqrt(module.in_features)
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+
+class SpatialMix(Mixer):
+    """Spatial mixing of VRWKV: Q-Shift → project → bidirectional WKV → gate, project out.
+
+    ``forward(x_BHWC) -> y_BHWC``; no state, any grid.
 
     Args:
         dim: width C.
         layer: index of this layer.
         depth: number of layers, for the initialisation.
         gamma, shift_pixel: of the Q-Shift.
+        key_norm: normalise what the recurrence returns.
         weight_std: standard deviation of the linear maps' weights at the start; None is
             1/√(inputs). The authors use 0.02.
-    """
-
-    causal = False
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        layer: int = 0,
-        depth: int = 12,
-        gamma: float = 0.25,
-        shift_pixel: int = 1,
-        weight_std: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.dim, self.layer, self.depth = dim, layer, depth
-        self.weight_std = weight_std
-        self.shift = QShift(dim, gamma=gamma, shift_pixel=shift_pixel)
-
-    def _reset_linear(self) -> None:
-        for module in self.children():
-            if isinstance(module, nn.Linear):
-                std = self.weight_std or 1 / math.sqrt(module.in_features)
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-
-
-class SpatialMix(VisionMixer):
-    """Spatial mixing of VRWKV: Q-Shift → project → bidirectional WKV → gate, project out.
-
-    Arguments as in :class:`VisionMixer`, and
-
-    Args:
         impl: implementation of the op, as in :func:`rwkv_core.ops.bi_wkv`.
     """
 
+    causal = False
+    full_precision = frozenset(("spatial_decay", "spatial_first"))
+
     def __init__(
         self,
         dim: int,
@@ -97,14 +81,14 @@ class SpatialMix(VisionMixer):
         depth: int = 12,
         gamma: float = 0.25,
         shift_pixel: int = 1,
+        key_norm: bool = False,
         weight_std: float | None = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__(
-            dim, layer=layer, depth=depth, gamma=gamma, shift_pixel=shift_pixel,
-            weight_std=weight_std,
-        )  # fmt: skip
-        self.impl = impl
+        super().__init__()
+        self.dim, self.layer, self.depth = dim, layer, depth
+        self.weight_std, self.impl = weight_std, impl
+        self.shift = QShift(dim, gamma=gamma, shift_pixel=shift_pixel)
         self.spatial_decay = nn.Parameter(torch.empty(dim))
         self.spatial_first = nn.Parameter(torch.empty(dim))
         self.spatial_mix_k = nn.Parameter(torch.empty(1, 1, dim))
@@ -114,6 +98,7 @@ class SpatialMix(VisionMixer):
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
+        self.key_norm = nn.LayerNorm(dim, NORM_EPS) if key_norm else nn.Identity()
         self.reset_parameters()
         self.register_load_state_dict_post_hook(_check_loaded)
 
@@ -140,7 +125,7 @@ class SpatialMix(VisionMixer):
         self.spatial_mix_k.copy_(s**rest)
         self.spatial_mix_v.copy_(s**rest + 0.3 * rho)
         self.spatial_mix_r.copy_(s ** (0.5 * rest))
-        self._reset_linear()
+        reset_linear(self, self.weight_std)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Mix an image of features [B, H, W, C]."""
@@ -151,7 +136,7 @@ class SpatialMix(VisionMixer):
         r = self.receptance(s + x * self.spatial_mix_r)
         w, u = self.spatial_decay, self.spatial_first
         y_BTC = _bi_wkv(w, u, k.flatten(1, 2), v.flatten(1, 2), self.impl)
-        return self.output(torch.sigmoid(r) * y_BTC.reshape(r.shape))
+        return self.output(torch.sigmoid(r) * self.key_norm(y_BTC).reshape(r.shape))
 
     @torch.jit.ignore
     def check_decay(self, error: type[RWKVError]) -> None:
@@ -161,14 +146,22 @@ class SpatialMix(VisionMixer):
             check_decay(self.spatial_decay, self.spatial_first, layer=where, error=error)
 
 
-class ChannelMix(VisionMixer):
-    """Channel mixing of VRWKV: Q-Shift, expansion, squared ReLU, receptance gate.
+class ChannelMix(Mixer):
+    """Channel mixing of VRWKV and VRWKV6: Q-Shift, expansion, squared ReLU, receptance gate.
 
-    Arguments as in :class:`VisionMixer`, and
+    ``forward(x_BHWC) -> y_BHWC``; no state, any grid.
 
     Args:
+        dim: width C.
+        layer: index of this layer.
+        depth: number of layers, for the initialisation.
         hidden_rate: inner width as a multiple of C.
+        gamma, shift_pixel, heads: of the Q-Shift; VRWKV6 shifts each head.
+        key_norm: normalise the hidden features.
+        weight_std: as in :class:`SpatialMix`.
     """
+
+    causal = False
 
     def __init__(
         self,
@@ -179,17 +172,20 @@ class ChannelMix(VisionMixer):
         hidden_rate: int = 4,
         gamma: float = 0.25,
         shift_pixel: int = 1,
+        heads: int = 1,
+        key_norm: bool = False,
         weight_std: float | None = None,
     ) -> None:
-        super().__init__(
-            dim, layer=layer, depth=depth, gamma=gamma, shift_pixel=shift_pixel,
-            weight_std=weight_std,
-        )  # fmt: skip
+        super().__init__()
+        self.dim, self.layer, self.depth = dim, layer, depth
+        self.weight_std = weight_std
+        self.shift = QShift(dim, gamma=gamma, shift_pixel=shift_pixel, heads=heads)
         self.spatial_mix_k = nn.Parameter(torch.empty(1, 1, dim))
         self.spatial_mix_r = nn.Parameter(torch.empty(1, 1, dim))
         self.key = nn.Linear(dim, hidden_rate * dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden_rate * dim, dim, bias=False)
+        self.key_norm = nn.LayerNorm(hidden_rate * dim, NORM_EPS) if key_norm else nn.Identity()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -202,13 +198,13 @@ class ChannelMix(VisionMixer):
         mix = (torch.arange(self.dim) / self.dim) ** (1 - self.layer / self.depth)
         self.spatial_mix_k.copy_(mix)
         self.spatial_mix_r.copy_(mix)
-        self._reset_linear()
+        reset_linear(self, self.weight_std)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Mix an image of features [B, H, W, C]."""
         s = self.shift(x_BHWC)
         x = x_BHWC - s
-        k = torch.relu(self.key(s + x * self.spatial_mix_k)).square()
+        k = self.key_norm(torch.relu(self.key(s + x * self.spatial_mix_k)).square())
         return torch.sigmoid(self.receptance(s + x * self.spatial_mix_r)) * self.value(k)
 
 

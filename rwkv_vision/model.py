@@ -195,7 +195,7 @@ def _create(config: ClassifyConfig) -> nn.Module:
             f"timm has no model {config.model!r}; {did_you_mean(config.model, timm.list_models())}"
         )
     options = dict(config.model_options)
-    if config.model in timm.list_models(module="encoder"):
+    if config.model in timm.list_models(module="models"):
         options.setdefault("img_size", tuple(config.image_size))
     try:
         return timm.create_model(

@@ -6,12 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import rwkv_export
+import timm
 import torch
 from PIL import Image
+from rwkv_export.onnx import write_onnx
+from torch import Tensor, nn
 
 from rwkv_core import checkpoint
+from rwkv_core.adapter import ExportSpec
 from rwkv_core.registry import ADAPTERS
 from rwkv_core.testing import perturb
 from rwkv_core.train import evaluate
@@ -132,3 +137,68 @@ def test_report_counts_and_draws(exported: tuple[Classifier, Path], tmp_path: Pa
             assert min(picture.size) > 100
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
     assert confusion([0, 0, 1], [0, 1, 1], 2).tolist() == [[1, 1], [0, 1]]
+
+
+class Everything(nn.Module):
+    """Logits and the features after every block, as ``features_only`` models compute them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        final, features = self.net.forward_intermediates(x)
+        return (self.net.forward_head(final), *features)
+
+
+class Features(nn.Module):
+    """timm's own wrapper of a ``features_only`` model, as a tuple."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(x))
+
+
+def check_dynamic_file(module: nn.Module, patch: int, path: Path) -> None:
+    """Export with batch, height and width free; compare at sizes that were not traced."""
+    traced = (2, 3, 6 * patch, 7 * patch)
+    with torch.no_grad():
+        outputs = tuple(f"y{i}" for i in range(len(module(torch.zeros(1, *traced[1:])))))
+    spec = ExportSpec(
+        name="image",
+        module=module,
+        inputs={"image": np.zeros(traced, np.float32)},
+        outputs=outputs,
+        dynamic={"image": {0: "batch", 2: "height", 3: "width"}},
+    )
+    write_onnx(spec, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, height, width in ((1, 4, 4), (3, 9, 2), (1, 1, 40)):
+        # whole patches, and pictures that must be padded to them
+        for less in (0, patch - 1):
+            x = torch.randn(batch, 3, height * patch - less, width * patch - less)
+            with torch.no_grad():
+                expected = [y.numpy() for y in module(x)]
+            for y, e in zip(session.run(None, {"image": x.numpy()}), expected, strict=True):
+                np.testing.assert_allclose(y, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("name", ["test_vrwkv_large", "test_vrwkv6", "test_vrwkv7"])
+def test_one_file_serves_every_size_logits_and_features(name: str, tmp_path: Path) -> None:
+    net = timm.create_model(name, depth=2)
+    perturb(net, 0.05)
+    check_dynamic_file(Everything(net.eval()), 16, tmp_path / "image.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features_only", [False, True], ids=["classifier", "features_only"])
+@pytest.mark.parametrize("name", timm.list_models(module="models"))
+def test_every_registered_model_exports(name: str, features_only: bool, tmp_path: Path) -> None:
+    patch = 4 if "patch4" in name else 16
+    net = timm.create_model(name, features_only=features_only)
+    perturb(net, 0.01)
+    module = Features(net) if features_only else Everything(net)
+    check_dynamic_file(module.eval(), patch, tmp_path / "image.onnx")

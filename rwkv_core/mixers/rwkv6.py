@@ -26,10 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, HeadNorm, MatrixState, Mixer, Shared, check_heads
+from rwkv_core.mixers.base import (
+    Generation,
+    HeadNorm,
+    Linear,
+    MatrixState,
+    Mixer,
+    Shared,
+    check_heads,
+)  # fmt: skip
 from rwkv_core.mixers.rwkv5 import hidden_width
 from rwkv_core.ops._common import state_dtype
 from rwkv_core.ops.shift import token_shift
+from rwkv_core.ops.squared_relu import squared_relu
 from rwkv_core.ops.wkv6 import wkv6, wkv6_step
 
 __all__ = ["RWKV6", "ChannelMix6", "Projections6", "TimeMix6"]
@@ -60,6 +69,9 @@ class TimeMix6(Mixer):
         norm_eps: eps of the per-head norm.
         tuned_state: learn the state before the first token, ``time_state`` [H, K, V].
         impl: implementation of the op, as in :func:`rwkv_core.ops.wkv6`.
+
+    A domain recombines the pieces: its own shift before :meth:`shifted`, its own recurrence between
+    :meth:`project` and :meth:`finish`.
     """
 
     lr_scales = {"time_decay": 2.0}  # noqa: RUF012 - a constant of the recipe
@@ -99,11 +111,11 @@ class TimeMix6(Mixer):
         self.time_decay_w1, self.time_decay_w2 = tensor(dim, decay_rank), tensor(decay_rank, dim)
         self.time_faaaa = tensor(heads, head_dim)
         self.time_state = tensor(heads, head_dim, head_dim) if tuned_state else None
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.gate = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.receptance = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.gate = Linear(dim, dim)
+        self.output = Linear(dim, dim)
         self.ln_x = HeadNorm(dim, norm_eps)
         self.reset_parameters()
 
@@ -126,18 +138,7 @@ class TimeMix6(Mixer):
             ln_x                         weight ((1 + layer)/depth)^0.7, bias 0
             time_state                   0, where there is one
         """
-        rho = self.layer / max(self.depth - 1, 1)
-        rest = 1 - self.layer / self.depth
-        n = torch.arange(self.dim)
-        s, linear = n / self.dim, n / max(self.dim - 1, 1)
-        for name in "xwk":
-            getattr(self, f"time_maa_{name}").copy_(1 - s**rest)
-        self.time_maa_v.copy_(1 - (s**rest + 0.3 * rho))
-        self.time_maa_r.copy_(1 - s ** (0.5 * rest))
-        self.time_maa_g.copy_(self.time_maa_r)
-        self.time_decay.copy_(-6 + 5 * linear ** (0.7 + 1.3 * rho))
-        bonus = rho * (1 - linear) + 0.1 * ((n + 1) % 3 - 1)
-        self.time_faaaa.copy_(bonus.view_as(self.time_faaaa))
+        self.reset_channels()
         for name in ("maa", "decay"):
             nn.init.zeros_(getattr(self, f"time_{name}_w1"))
             nn.init.uniform_(getattr(self, f"time_{name}_w2"), -0.01, 0.01)
@@ -151,6 +152,21 @@ class TimeMix6(Mixer):
         if self.time_state is not None:
             self.time_state.zero_()
 
+    def reset_channels(self) -> None:
+        """Initialise what is one number per channel: interpolation, decay and bonus."""
+        rho = self.layer / max(self.depth - 1, 1)
+        rest = 1 - self.layer / self.depth
+        n = torch.arange(self.dim)
+        s, linear = n / self.dim, n / max(self.dim - 1, 1)
+        for name in "xwk":
+            getattr(self, f"time_maa_{name}").copy_(1 - s**rest)
+        self.time_maa_v.copy_(1 - (s**rest + 0.3 * rho))
+        self.time_maa_r.copy_(1 - s ** (0.5 * rest))
+        self.time_maa_g.copy_(self.time_maa_r)
+        self.time_decay.copy_(-6 + 5 * linear ** (0.7 + 1.3 * rho))
+        bonus = rho * (1 - linear) + 0.1 * ((n + 1) % 3 - 1)
+        self.time_faaaa.copy_(bonus.view_as(self.time_faaaa))
+
     def init_state(
         self, batch: int, *, device: Any = None, dtype: torch.dtype = torch.float32
     ) -> MatrixState:
@@ -163,9 +179,7 @@ class TimeMix6(Mixer):
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
         previous_BTD, last_BD = token_shift(x_BTD, state.att_shift_BD)
-        d_BTD = previous_BTD - x_BTD
-        mix_5BTD = self.shift_mix(x_BTD, d_BTD).view(5, *x_BTD.shape)
-        p = self.project(torch.addcmul(x_BTD, d_BTD, mix_5BTD).unbind())
+        p = self.project(self.shifted(x_BTD, previous_BTD))
         r, w, k, v = (row.squeeze(-2) for row in p[:4])
         y_BTHV, wkv_BHKV = wkv6(r, w, k, v, self.time_faaaa, state.wkv_BHKV, impl=self.impl)
         state = state._replace(att_shift_BD=last_BD, wkv_BHKV=wkv_BHKV)
@@ -184,6 +198,12 @@ class TimeMix6(Mixer):
         y_1BH1V, wkv_BHKV = wkv6_step(r, w, k, v, u, wkv_BHKV)
         state = state._replace(att_shift_BD=x_1BD, wkv_BHKV=wkv_BHKV)
         return self.finish(y_1BH1V.to(x_1BD.dtype), p.g_D), state, shared
+
+    def shifted(self, x_BTD: Tensor, previous_BTD: Tensor) -> Sequence[Tensor]:
+        """Return the five inputs of :meth:`project`: tokens interpolated with their neighbours."""
+        d_BTD = previous_BTD - x_BTD
+        mix_5BTD = self.shift_mix(x_BTD, d_BTD).view(5, *x_BTD.shape)
+        return torch.addcmul(x_BTD, d_BTD, mix_5BTD).unbind()
 
     def project(self, mixed: Sequence[Tensor]) -> Projections6:
         """Compute what the recurrence reads from the five shifted inputs [..., D] (w k v r g)."""
@@ -230,9 +250,9 @@ class ChannelMix6(Mixer):
         hidden_dim = hidden_dim or hidden_width(dim)
         self.time_maa_k = nn.Parameter(torch.empty(dim))
         self.time_maa_r = nn.Parameter(torch.empty(dim))
-        self.key = nn.Linear(dim, hidden_dim, bias=False)
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(hidden_dim, dim, bias=False)
+        self.key = Linear(dim, hidden_dim)
+        self.receptance = Linear(dim, dim)
+        self.value = Linear(hidden_dim, dim)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -268,7 +288,7 @@ class ChannelMix6(Mixer):
     def mix(self, x_D: Tensor, previous_D: Tensor) -> Tensor:
         """Expand the interpolated token [..., D], square, project back, gate by the receptance."""
         d_D = previous_D - x_D
-        hidden = torch.relu(self.key(torch.addcmul(x_D, d_D, self.time_maa_k))).square()
+        hidden = squared_relu(self.key(torch.addcmul(x_D, d_D, self.time_maa_k)))
         receptance_D = self.receptance(torch.addcmul(x_D, d_D, self.time_maa_r))
         return torch.sigmoid(receptance_D) * self.value(hidden)
 
