@@ -6,6 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= --numprocesses=2 --dist=loadfile
+RACES ?= gemv wkv7 native ops training vision text_inference generations
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,11 +32,11 @@ lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-bench: $(VENV)/.dev $(VENV)/.native ## run every script of benchmarks/
-	@set -e; found=; for script in benchmarks/[a-z]*.py; do \
-		[ -e "$$script" ] || continue; \
-		found=1; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
-	done; [ -n "$$found" ] || echo "benchmarks/ holds no script"
+bench: $(VENV)/.dev $(VENV)/.native ## race every peer that is installed (ARGS=--quick: minutes)
+	@failed=; for race in $(RACES); do \
+		echo "== benchmarks/$$race.py"; \
+		$(BIN)/python benchmarks/$$race.py $(ARGS) || failed="$$failed $$race"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 # What is installed is recorded in a stamp, so that it happens once and again only when
 # pyproject.toml changes. The set `dev` contains the set `demo`.

@@ -1,6 +1,6 @@
 """Train every generation on the same text for the same number of steps: held-out bits per byte.
 
-python benchmarks/generations.py [--steps 700] [--seeds 0 1]
+python benchmarks/generations.py [--quick] [--steps 700] [--seeds 0 1]
 
 Writes ``benchmarks/results/generations.json``.
 """
@@ -21,11 +21,14 @@ from rwkv_text.recipes import with_mixer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="10 steps, one seed: does it run?")
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.seeds = 10, [0]
     rows = []
     for mixer in args.mixers:
         config = with_mixer(RECIPES["pydoc"](), mixer)
@@ -40,7 +43,8 @@ def main() -> None:
             print(f"{mixer} seed {seed}: {bits[-1]:.4f} bits/byte, {seconds[-1]:.0f} s", flush=True)
         n = sum(p.numel() for p in result.model.parameters())
         rows.append({"mixer": mixer, "parameters": n, "bits_per_byte": bits, "seconds": seconds})
-    path = Path(__file__).parent / "results" / "generations.json"
+    name = "generations-quick.json" if args.quick else "generations.json"
+    path = Path(__file__).parent / "results" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=2) + "\n")
     learned, held_out = (split_documents(config.task.data, split) for split in ("train", "eval"))
