@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_core.ops import bi_wkv, wkv6, wkv7
+from rwkv_core.ops import bi_wkv, wkv4, wkv6, wkv7
 from rwkv_core.ops.native.build import build
 from rwkv_core.ops.native.library import loaded
 
 ROUNDS = 7
 CAUSAL = [(2, 1024, 6, 64), (1, 1024, 3, 128), (4, 1024, 12, 32)]
+CHANNELS = [(2, 1024, 384)]  # wkv4, which has no heads; attention has C / 64 of them
 IMAGES = [(8, 196, 192), (2, 1024, 192), (1, 4096, 192)]
 FLOPS = {"wkv7": 9, "wkv6": 5}  # per token, head, key and value of a forward pass
 
@@ -56,6 +57,14 @@ def contestants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Tensor]
     x = [torch.randn(C), torch.randn(C), torch.randn(B, T, C), torch.randn(B, T, C)]
     heads = [torch.randn(B, C // 64, T, 64) for _ in range(3)]
     linear = [torch.randn(B * T, C), torch.randn(C, C)]
+    if shape in CHANNELS:
+        x[0] = -x[0].exp()
+        return {
+            "wkv4 native": (lambda *x: wkv4(*x, impl="native")[0], x),
+            "wkv4 scan": (lambda *x: wkv4(*x, impl="scan")[0], x),
+            "attention": (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), heads),
+            "linear": (F.linear, linear),
+        }
     return {
         "bi_wkv native": (lambda *x: bi_wkv(*x, impl="native"), x),
         "bi_wkv prefix": (lambda *x: bi_wkv(*x, impl="prefix"), x),
@@ -70,7 +79,7 @@ def main() -> None:
     print(f"instruction set {loaded().isa}")
     square = torch.randn(512, 512)
     rows: list[dict[str, Any]] = []
-    for shape in CAUSAL + IMAGES:
+    for shape in CAUSAL + CHANNELS + IMAGES:
         entries = contestants(shape)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
         gemm = []

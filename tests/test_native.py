@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_core.errors import NativeError
-from rwkv_core.ops import bi_wkv, wkv6, wkv7
+from rwkv_core.ops import WKV4State, bi_wkv, wkv4, wkv6, wkv7
 from rwkv_core.ops.native import build, library
 from rwkv_core.testing import check_op, relative_error
 
@@ -43,17 +43,18 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     library.forget()
 
 
-def inputs_of(op: str) -> Callable[..., list[Tensor]]:
-    """Return ``make_inputs`` of that op's own test."""
+def own_test(op: str) -> ModuleType:
+    """Return that op's own test, for its inputs."""
     spec = importlib.util.spec_from_file_location(f"_{op}", ROOT / "tests" / f"test_{op}.py")
     assert spec
     assert spec.loader
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.make_inputs
+    return module
 
 
-wkv7_inputs, wkv6_inputs = inputs_of("wkv7"), inputs_of("wkv6")
+wkv7_inputs, wkv6_inputs = own_test("wkv7").make_inputs, own_test("wkv6").make_inputs
+wkv4_inputs, wkv4_run = own_test("wkv4").make_inputs, own_test("wkv4").run
 OPS = {"wkv7": (wkv7, wkv7_inputs), "wkv6": (wkv6, wkv6_inputs)}
 
 
@@ -66,6 +67,11 @@ def with_impl(
 def bi_inputs(B: int, T: int, C: int, decay: float = 3.0, spread: float = 1.0) -> list[Tensor]:
     w_C = torch.linspace(-decay, decay, C)
     return [w_C, torch.randn(C), spread * torch.randn(B, T, C), torch.randn(B, T, C)]
+
+
+def native_wkv4(*x: Tensor) -> tuple[Tensor, ...]:
+    y_BTD, (num_BD, den_BD, _) = wkv4(*x[:4], WKV4State(*x[4:]), impl="native")
+    return y_BTD, num_BD, den_BD
 
 
 def native_bi(*x: Tensor) -> tuple[Tensor, ...]:
@@ -155,9 +161,70 @@ def test_bi_wkv_matches_float64_at_any_decay(T: int, decay: float, isa: str) -> 
             assert float((g - t).abs().max()) <= 2e-6 * (scale if scale > 1e-9 else floor)
 
 
+def test_bi_wkv_keeps_its_digits_at_equal_keys(isa: str) -> None:
+    """A sum of equal numbers in fp32 is rounded the same way at every token."""
+    w_C, u_C, k_BTC, v_BTC = bi_inputs(1, 1000, 20)
+    check_op(native_bi, reference_bi, [w_C, u_C, k_BTC[:, :1] + 0 * k_BTC, v_BTC + 3], **BOUND)
+
+
 @pytest.mark.slow
 def test_bi_wkv_is_exact_over_4096_tokens() -> None:
     check_op(native_bi, reference_bi, bi_inputs(1, 4096, 20, 60.0), **BOUND)
+
+
+@pytest.mark.parametrize("D", [1, 16, 21, 64])
+@pytest.mark.parametrize("T", [1, 7, 32, 33, 67])
+def test_wkv4_matches_float64_at_any_width(T: int, D: int, isa: str) -> None:
+    for state in (True, False):
+        inputs = wkv4_inputs(2, T, D, state=state)
+        check_op(wkv4_run("native"), wkv4_run("reference"), inputs, **BOUND)
+
+
+# a decay of -1e-4 sums hundreds of tokens, at -0.3466 its exponent hides all of it, -20 forgets
+@pytest.mark.parametrize("w", [0.0, -1e-4, -0.3465, -0.3466, -1.0, -20.0, -1e4])
+@pytest.mark.parametrize("keys", ["normal", "wide", "±60", "rising", "falling", "equal", "masked"])
+def test_wkv4_is_exact_at_any_decay_and_key(keys: str, w: float, isa: str) -> None:
+    inputs = wkv4_inputs(2, 300, 18, keys=30.0 if keys == "wide" else 1.0, state=keys != "±60")
+    inputs[0][::2] = w
+    k_BTD = inputs[2]
+    ramp_BTD = torch.linspace(-60, 60, 300)[None, :, None].expand_as(k_BTD)
+    inputs[2] = {
+        "±60": torch.where(k_BTD > 0, 60.0, -60.0),
+        "rising": ramp_BTD.clone(),
+        "falling": -ramp_BTD,
+        "equal": torch.full_like(k_BTD, 0.1),
+        "masked": k_BTD.clone().index_fill_(1, torch.arange(40, 290), -1e4),
+    }.get(keys, k_BTD)
+    check_op(wkv4_run("native"), wkv4_run("reference"), inputs, **BOUND)
+
+
+@pytest.mark.parametrize("key", [-200.0, -60.0, 60.0, 200.0])
+def test_wkv4_takes_any_first_key(key: float, isa: str) -> None:
+    """An empty state, and one whose maximum is 0 instead."""
+    k, v = torch.full((1, 3, 2), key), torch.randn(1, 3, 2)
+    zeros = torch.zeros(1, 2)
+    for state in (None, WKV4State(zeros, zeros, zeros)):
+        y, after = wkv4(torch.tensor([-0.5, -3.0]), zeros[0], k, v, state, impl="native")
+        torch.testing.assert_close(y[:, 0], v[:, 0])
+        assert all(x.isfinite().all() for x in (y, *after))
+
+
+def test_wkv4_holds_the_same_state_as_the_loop(isa: str) -> None:
+    w, u, k, v, *state = wkv4_inputs(2, 37, 18)
+    states = [wkv4(w, u, k, v, WKV4State(*state), impl=i).state for i in ("reference", "native")]
+    for a, b in zip(*states, strict=True):
+        assert relative_error(b, a) < 2e-6
+
+
+def test_wkv4_in_pieces_is_the_whole() -> None:
+    w, u, k, v, *state = wkv4_inputs(2, 50, 18)
+    y, after = wkv4(w, u, k, v, WKV4State(*state), impl="native")
+    piece = WKV4State(*state)
+    for t in range(50):
+        one, piece = wkv4(w, u, k[:, t : t + 1], v[:, t : t + 1], piece, impl="native")
+        assert relative_error(one, y[:, t : t + 1]) < 2e-6
+    for a, b in zip(piece, after, strict=True):
+        assert relative_error(a, b) < 4e-6
 
 
 def all_ops() -> list[tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]]:
@@ -165,6 +232,7 @@ def all_ops() -> list[tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]]:
     pairs = [(with_impl(run, "native"), make(3, 70, 5, 16, 24)) for run, make in OPS.values()]
     return [
         *pairs,
+        (native_wkv4, wkv4_inputs(3, 70, 100)),
         (native_bi, bi_inputs(3, 70, 100, 20.0)),
         (native_bi, bi_inputs(3, 9, 40, 99.0)),
     ]
@@ -188,9 +256,14 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_a_row_alone_gives_the_same_bits() -> None:
+    rows = slice(1, 2)
+    w, u, k, v, *state4 = wkv4_inputs(3, 40, 20)
+    y, after = wkv4(w, u, k, v, WKV4State(*state4), impl="native")
+    alone, last = wkv4(w, u, k[rows], v[rows], WKV4State(*(x[rows] for x in state4)), impl="native")
+    for a, b in zip((alone, *last), (y, *after), strict=True):
+        assert torch.equal(a, b[rows])
     for op, make in OPS.values():
         *inputs, state = make(3, 40, 4, 16, 24)
-        rows = slice(1, 2)
         shared = [x if x.ndim == 2 else x[rows] for x in inputs]
         whole = op(*inputs, state, impl="native")
         for a, b in zip(op(*shared, state[rows], impl="native"), whole, strict=True):
@@ -210,6 +283,17 @@ def test_no_tokens_and_no_sequences(op: str) -> None:
     results = outcome(with_impl(run, "native"), make(0, 5, 3, 4, 6))
     assert results[0].shape == (0, 5, 3, 6)
     assert all(x.isfinite().all() for x in results)
+
+
+def test_wkv4_without_tokens_or_sequences() -> None:
+    w, u, k, v, *state = wkv4_inputs(2, 0, 20)
+    y, after = wkv4(w, u, k, v, WKV4State(*state), impl="native")
+    assert y.shape == (2, 0, 20)
+    assert all(torch.equal(a, b) for a, b in zip(after, state, strict=True))
+    inputs = [x[:0] if x.ndim > 1 else x for x in wkv4_inputs(1, 5, 20)]
+    y, *others = outcome(native_wkv4, inputs)
+    assert y.shape == (0, 5, 20)
+    assert not any(x.any() for x in others)
 
 
 def test_bi_wkv_without_sequences() -> None:
@@ -267,6 +351,11 @@ def test_half_precision_is_computed_in_fp32() -> None:
         exact, last = op(*(x.float() for x in half), impl="native")
         assert torch.equal(y, exact.bfloat16())
         assert torch.equal(after, last)
+    half = [x.bfloat16() for x in wkv4_inputs(1, 40, 20, state=False)]
+    y, state = wkv4(*half, impl="native")
+    exact, expected = wkv4(*(x.float() for x in half), impl="native")
+    assert torch.equal(y, exact.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=True))
     w, u, k, v = bi_inputs(2, 9, 4)
     y = bi_wkv(w, u, k.half(), v.half(), impl="native")
     assert torch.equal(y, bi_wkv(w, u, k.half().float(), v.half().float(), impl="native").half())
@@ -275,11 +364,13 @@ def test_half_precision_is_computed_in_fp32() -> None:
 def test_nan_stays_where_it_belongs() -> None:
     for run, inputs in all_ops():
         clean = run(*inputs)[0]
-        inputs[1 if len(inputs) > 4 else 2][1, 3] = torch.nan
-        y = run(*inputs)[0]
-        assert torch.equal(y[0], clean[0])
-        assert torch.equal(y[2], clean[2])
-        assert y[1].isnan().any()
+        for i in [i for i, x in enumerate(inputs) if x.ndim > 2]:
+            broken = [x.clone() for x in inputs]
+            broken[i][1, 3] = torch.nan
+            y = run(*broken)[0]
+            assert torch.equal(y[0], clean[0])
+            assert torch.equal(y[2], clean[2])
+            assert y[1].isnan().any()
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -297,6 +388,10 @@ def test_fp64_and_other_devices_are_refused_by_name_and_avoided_by_auto() -> Non
         with pytest.raises(NativeError, match=r"impl='native': .*the tensors are fp64"):
             op(*exact, impl="native")
         assert op(*exact).y_BTHV.dtype == torch.float64
+    exact = wkv4_inputs(1, 5, 4, state=False, dtype=torch.float64)
+    with pytest.raises(NativeError, match=r"wkv4: impl='native': .*the tensors are fp64"):
+        wkv4(*exact, impl="native")
+    assert wkv4(*exact).y_BTD.dtype == torch.float64
     with pytest.raises(NativeError, match="op: impl='native': tensors are on meta"):
         library.check("op", torch.empty(1, device="meta"))
     with pytest.raises(NativeError, match="fp64"):
@@ -355,7 +450,7 @@ class Op(nn.Module):
 
 
 def test_compiles_without_graph_breaks() -> None:
-    for run, inputs in all_ops()[:3]:
+    for run, inputs in all_ops()[:4]:
         torch._dynamo.reset()
         compiled = torch.compile(Op(run), fullgraph=True, backend="aot_eager")
         results = [outcome(lambda *x, f=f: (f(*x),), inputs) for f in (compiled, Op(run))]
@@ -369,6 +464,10 @@ def test_auto_is_native_in_eager_code_and_plain_operations_in_an_export() -> Non
         assert torch.equal(op(*inputs).y_BTHV, op(*inputs, impl="native").y_BTHV)
         program = torch.export.export(Op(op), tuple(inputs), strict=True)
         assert "rwkv" not in str(program.graph)
+    inputs = wkv4_inputs(1, 5, 4, state=False)
+    assert torch.equal(wkv4(*inputs).y_BTD, wkv4(*inputs, impl="native").y_BTD)
+    program = torch.export.export(Op(wkv4), tuple(inputs), strict=True)
+    assert "rwkv" not in str(program.graph)
     inputs = bi_inputs(1, 5, 4)
     assert torch.equal(bi_wkv(*inputs), bi_wkv(*inputs, impl="native"))
     program = torch.export.export(Op(lambda *x: (bi_wkv(*x),)), tuple(inputs), strict=True)
@@ -504,7 +603,7 @@ def test_command_builds_and_doctor_says_what_is_used(tmp_path: Path) -> None:
     assert str(tmp_path) in built.stdout
     assert "in the cache already" in command("build-native", **cache).stdout
     after = command("doctor", **cache).stdout
-    for op in ("wkv6", "wkv7", "bi_wkv"):
+    for op in ("wkv4", "wkv6", "wkv7", "bi_wkv"):
         (line,) = (line for line in after.splitlines() if line.startswith(f"op {op} "))
         assert line.endswith("native; auto is native (on CPU in fp32)")
 

@@ -174,6 +174,29 @@ def test_what_native_cannot_take_is_said() -> None:
 
 
 @needs_library
+def test_a_layer_in_training_uses_every_native_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv_core.mixers.base import Shared
+    from rwkv_core.mixers.rwkv7 import ChannelMix7
+
+    called = set()
+    run_kernel = library.Library.run
+
+    def run(self: library.Library, name: str, *args: Any) -> None:
+        called.add(name)
+        run_kernel(self, name, *args)
+
+    monkeypatch.setattr(library.Library, "run", run)
+    time_mix, channel_mix = TimeMix7(64, head_dim=32), ChannelMix7(64)
+    state = time_mix.init_state(1)
+    y_BTD, state, shared = time_mix(torch.randn(1, 9, 64), state, Shared())
+    y_BTD, *_ = channel_mix(y_BTD, state, shared)
+    y_BTD.sum().backward()
+    passes = {f"{op}_{way}" for op in ("token_mix", "gates7", "wkv7", "finish7")
+              for way in ("forward", "backward")}  # fmt: skip
+    assert called == passes | {"squared_relu"}
+
+
+@needs_library
 def test_traced_code_holds_plain_operations() -> None:
     mixer = TimeMix7(64, head_dim=32)
     state = mixer.init_state(1)

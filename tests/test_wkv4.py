@@ -27,7 +27,10 @@ def run(impl):
 
     def call(w, u, k, v, *state):
         y, (num, den, top) = wkv4(w, u, k, v, WKV4State(*state) if state else None, impl=impl)
-        scale = (top - top.amax()).exp()
+        largest = torch.cat(
+            [k.detach().flatten(), *(x.detach().flatten() for x in state[2:])]
+        ).max()
+        scale = (top.double() - largest).exp()
         return y, num * scale, den * scale
 
     return call

@@ -142,7 +142,7 @@ def _finish(
 
 def _is_native(op: str, impl: str, heads_HK: Tensor, *tensors: Tensor) -> bool:
     if heads_HK.shape[-1] % 16 == 0:
-        return is_native(op, impl, heads_HK, *tensors)
+        return is_native(op, impl, *tensors, heads_HK)
     if impl == "native":
         raise NativeError(
             f"{op}: impl='native' takes head sizes that are a multiple of 16, got "

@@ -26,9 +26,8 @@ def _forward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, train: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [x.contiguous() for x in (w, u, k, v)]
-    y, den, slope = outputs = _outputs(v, train)
-    kept = (den, slope) if train else (None, None)
-    loaded().run("bi_wkv_forward", v.shape, inputs, (y, *kept))
+    y, *kept = outputs = _outputs(v, train)
+    loaded().run("bi_wkv_forward", v.shape, inputs, (y, *(kept if train else (None, None))))
     return outputs
 
 
@@ -36,7 +35,7 @@ def _outputs(v: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     if not train:
         return y, v.new_empty(0), v.new_empty(0)
-    return y, torch.empty_like(y), torch.empty_like(y)
+    return y, torch.empty_like(y), torch.empty_like(y)  # the denominator; y from the mean of v
 
 
 @_forward.register_fake
@@ -46,9 +45,9 @@ def _(w: Tensor, u: Tensor, k: Tensor, v: Tensor, train: bool) -> tuple[Tensor, 
 
 @torch.library.custom_op("rwkv::bi_wkv_backward", mutates_args=(), device_types="cpu")
 def _backward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, den: Tensor, slope: Tensor, dy: Tensor
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, den: Tensor, centred: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = [x.contiguous() for x in (w, u, k, v, y, den, slope, dy)]
+    inputs = [x.contiguous() for x in (w, u, k, v, den, centred, dy)]
     dw, du, dk, dv = (torch.empty_like(x) for x in inputs[:4])
     loaded().run("bi_wkv_backward", v.shape, inputs, (dw, du, dk, dv))
     return dw, du, dk, dv
@@ -56,7 +55,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, den: Tensor, slope: Tensor, dy: Tensor
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, den: Tensor, centred: Tensor, dy: Tensor
 ) -> tuple[Tensor, ...]:
     like = (w, u, k, v)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
@@ -64,11 +63,12 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, train = inputs
+    _, *kept = output
     if not train:
         raise NativeError("bi_wkv: the native forward pass was told that no backward pass follows")
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

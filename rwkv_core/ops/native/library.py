@@ -37,7 +37,7 @@ class Library:
         self,
         name: str,
         sizes: Sequence[int],
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
         outputs: Sequence[Tensor | None],
     ) -> None:
         """Call a kernel: contiguous fp32 tensors in, tensors to fill out; None is left out."""

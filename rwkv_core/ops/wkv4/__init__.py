@@ -7,13 +7,15 @@ from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
 from rwkv_core.ops._common import state_dtype
+from rwkv_core.ops.native.library import choose
+from rwkv_core.ops.wkv4.native import wkv4_native
 from rwkv_core.ops.wkv4.reference import wkv4_reference, wkv4_step
 from rwkv_core.ops.wkv4.scan import wkv4_scan
 
 __all__ = ["EMPTY", "IMPLS", "WKV4Output", "WKV4State", "wkv4", "wkv4_step"]
 
 TORCH_FORM = "scan"  # what "auto" is where the native form cannot run
-IMPLS = {"reference": wkv4_reference, "scan": wkv4_scan}
+IMPLS = {"reference": wkv4_reference, "scan": wkv4_scan, "native": wkv4_native}
 
 EMPTY = -1e30
 """``max_BD`` before the first token: with 0 instead, small first keys divide 0 by 0."""
@@ -60,7 +62,9 @@ def wkv4(
         k_BTD: key [B, T, D], in the exponent, of any size.
         v_BTD: value [B, T, D].
         state: state before the first token; None is an empty one.
-        impl: ``"reference"`` (time loop) or ``"scan"`` (log₂ T rounds); ``"auto"`` is scan.
+        impl: ``"reference"`` (time loop), ``"scan"`` (log₂ T rounds) or ``"native"`` (C++ on CPU in
+            fp32; first derivatives only). ``"auto"`` is native where that is built and takes the
+            tensors, else scan.
 
     Returns:
         ``WKV4Output(y_BTD, state)``. T = 0 returns an empty y and the state unchanged.
@@ -68,6 +72,7 @@ def wkv4(
     Raises:
         ValueError: a shape that does not fit the others.
         ConfigError: an unknown ``impl``; the nearest one is named.
+        NativeError: ``impl="native"`` cannot run here; the reason is named.
     """
     if k_BTD.ndim != 3:
         raise ValueError(f"wkv4: expected keys of rank 3 [B, T, D], got {tuple(k_BTD.shape)}")
@@ -78,7 +83,7 @@ def wkv4(
     for name, (x, shape) in expected.items():
         if x.shape != shape:
             raise ValueError(f"wkv4: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
-    run = IMPLS.get("scan" if impl == "auto" else impl)
+    run = IMPLS.get(choose(impl, TORCH_FORM, v_BTD))
     if run is None:
         raise ConfigError(f"wkv4: unknown impl {impl!r}; {did_you_mean(impl, ['auto', *IMPLS])}")
     dtype = state_dtype(v_BTD)

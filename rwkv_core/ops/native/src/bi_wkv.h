@@ -2,17 +2,24 @@
 //
 //   y_t = N_t / D_t,   (N, D)_t = Σ_{i≠t} e^{-(|t-i|-1) ω + k_i} (v_i, 1) + e^{b + k_t} (v_t, 1)
 //
-// Two sweeps over time, one each way, add up x_t = e^{k_t - max k} (v_t, 1):  P ← e^{-ω} P + x_t. The
-// largest key keeps D above e^{-|w|}, so that no running maximum is needed while |w| and |u| stay
-// within RANGE. Sums are in double: e^{-ω} rounded to fp32 would be wrong the same way T times over.
+// Two sweeps over time, one each way, add up x_t = e^{k_t - max k} (v_t, 1):  P ← e^{-ω} P + x_t.
+// The largest key keeps D above e^{-|w|}, so that no running maximum is needed while |w| and |u|
+// stay within RANGE. Sums are in double: e^{-ω} rounded to fp32 would be wrong the same way T times
+// over, and so would a sum of equal keys.
 //
 // The weights between tokens are symmetric, hence the adjoint is the same pair of sweeps. With
-// q = ∂y / D and Q, R the two sums of q and of q y in place of x:
+// e = e^{k - max k}, q = ∂y / D, and P[x], F[x] the sums of x before and after a token:
 //
-//   ∂v = e Q,   ∂k = e (v Q - R),   ∂b = Σ q e^b e (v - y),   ∂ω = -Σ q (M[e v] - y M[e])
+//   ∂v = e Q,   ∂k = e (v Q - R),   Q = P[q] + e^b q + F[q],   R the same of q y
+//   ∂b = Σ q e^b e (v - y)
+//   ∂ω = -e^{-ω} Σ (P[ev] F[q] - P[e] F[qy] + F[ev] P[q] - F[e] P[qy])
 //
-// where M weighs every term of P by its number of decays: M ← e^{-ω} (M + P). The forward pass keeps
-// D and the last bracket.
+// where v and y are taken from the mean of v: no gradient depends on it, and averages far from zero
+// would make small differences of large numbers.
+//
+// A first pass over the tokens leaves the sums at the start of every chunk of them; a second one
+// goes back through the chunks, sweeps each both ways and joins the sums. What a chunk needs stays
+// in the first cache.
 //
 // Channels out of RANGE take the careful way below: it carries the exponent of every sum.
 
@@ -20,24 +27,26 @@
 
 #include <math.h>
 
-#include "simd.h"
+#include "channels.h"
 
 namespace {
 
 constexpr float RANGE = 60.0f;
-constexpr int64_t WIDTH = 16;  // channels of a block: a cache line
+constexpr int64_t TOKENS = 64;  // of a chunk
 
 struct BiWkv {
   int64_t B, T, C;
   const float *w, *u, *k, *v;
-  float *y, *den, *slope;  // forward; the last two null unless a backward pass will follow
-  const float *kept_y, *kept_den, *kept_slope, *dy;  // backward
+  float *y, *den, *centred;  // forward; the last two null unless a backward pass will follow:
+  const float *kept_den, *kept_centred, *dy;  // D, and y from the mean of v
   float *dw, *du, *dk, *dv;
 
-  int64_t blocks() const { return (C + WIDTH - 1) / WIDTH; }
-  int64_t width(int64_t block) const {
-    return (block + 1) * WIDTH < C ? WIDTH : C - block * WIDTH;
+  int64_t blocks() const { return blocks_of(C); }
+  int64_t chunks() const { return (T + TOKENS - 1) / TOKENS; }
+  int64_t tokens(int64_t chunk) const {
+    return (chunk + 1) * TOKENS < T ? TOKENS : T - chunk * TOKENS;
   }
+  int64_t width(int64_t block) const { return width_of(block, C); }
   bool within_range(int64_t block) const {
     for (int64_t c = block * WIDTH; c < block * WIDTH + width(block); c++)
       if (!(fabsf(w[c]) <= RANGE && fabsf(u[c]) <= RANGE)) return false;
@@ -45,164 +54,249 @@ struct BiWkv {
   }
 };
 
-struct Row {
-  float x[WIDTH];
-};
+// ---- within the range --------------------------------------------------------------------------
 
-// In whole vectors: memcpy moves 16 bytes at a time, which a wider load then has to wait for.
-INLINE void copy(float* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += LANES) store(to + i, load(from + i));
+// e^x for x ≤ 0; below -87 as at -87.
+INLINE Vec weight_of(Vec x) {
+  x = -87.0f > x ? all(-87.0f) : x;  // a NaN stays one
+  const float shift = 12582912.0f;   // 1.5·2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + shift;
+  const Vec f = x - (shifted - shift) * 0.693147182f;  // x - n ln 2, |f| ≤ ln 2 / 2
+  Vec p = 0.00836878084f + f * 0.00138144672f;         // fitted, within 3e-9
+  p = 0.0416683927f + f * p;
+  p = 0.166665196f + f * p;
+  p = 0.49999994f + f * p;
+  p = 1.0f + f * p;
+  p = 1.0f + f * p;
+  return p * (Vec)(((Ints)shifted << 23) + (127 << 23));  // e^f 2^n
 }
 
-INLINE Row row_at(const float* from, int64_t width) {
-  Row row;
-  if (width == WIDTH) {
-    copy(row.x, from, WIDTH);
-  } else {
-    for (int c = 0; c < WIDTH; c++) row.x[c] = c < width ? from[c] : 0;
-  }
-  return row;
-}
-
-INLINE void put(float* to, const float* x, int64_t width) {
-  if (width == WIDTH)
-    copy(to, x, WIDTH);
-  else
-    memcpy(to, x, 4 * width);
-}
-
-// e^{k - top} in place.
-INLINE void weigh(float* k, const float* top) {
-  for (int c = 0; c < WIDTH; c += LANES) {
-    const Power e = power_of(load(k + c) - load(top + c));
-    store(k + c, e.scale + e.scale * e.p);
-  }
-}
-
-// Two sums that fade together, of every channel, and the same with each term times its decays.
+// Of every channel, two sums that fade alike: Σ x y and Σ x.
 struct Sums {
-  double num[WIDTH], den[WIDTH], num_slope[WIDTH], den_slope[WIDTH];
+  Half xy[HALVES], x[HALVES];
+};
+struct NarrowSums {
+  float xy[WIDTH], x[WIDTH];
 };
 
-template <bool Slope>
-INLINE void fade_and_add(Sums& s, const double* __restrict fade, const double* __restrict num,
-                         const double* __restrict den) {
-  for (int c = 0; c < WIDTH; c++) {
-    if (Slope) s.num_slope[c] = fade[c] * (s.num_slope[c] + s.num[c]);
-    if (Slope) s.den_slope[c] = fade[c] * (s.den_slope[c] + s.den[c]);
-    s.num[c] = fade[c] * s.num[c] + num[c];
-    s.den[c] = fade[c] * s.den[c] + den[c];
-  }
-}
-
-template <bool Slope>
-INLINE void remember(Sums& to, const Sums& s) {
-  copy((float*)&to, (const float*)&s, (Slope ? sizeof s : sizeof s.num + sizeof s.den) / 4);
-}
-
-INLINE void constants(const BiWkv& f, int64_t block, double* fade, double* own) {
-  for (int64_t c = 0; c < WIDTH; c++) {
-    const bool inside = c < f.width(block);
-    fade[c] = inside ? exp(-(double)f.w[block * WIDTH + c] / f.T) : 0;
-    own[c] = inside ? exp((double)f.u[block * WIDTH + c] / f.T) : 0;
-  }
-}
-
-INLINE void largest(const BiWkv& f, const float* k, int64_t width, float* top) {
-  memset(top, 0, 4 * WIDTH);
-  memcpy(top, k, 4 * width);
-  for (int64_t t = 1; t < f.T; t++) {
-    const Row row = row_at(k + t * f.C, width);
-    for (int c = 0; c < WIDTH; c += LANES) {
-      const Vec x = load(row.x + c), best = load(top + c);
-      store(top + c, x > best ? x : best);
+// Fade and add n tokens, one after the other or (Step = -1) the last one first, y from `middle`;
+// write the sums as they were before each of them.
+template <int Step, bool Write>
+NOINLINE void sweep(int64_t n, const Half* fade, const Half* middle, Sums& sums, Rows x, Rows y,
+                    NarrowSums* before) {
+  Sums s = sums;
+  Half f[HALVES];
+  for (int i = 0; i < HALVES; i++) f[i] = fade[i];
+  for (int64_t t = Step > 0 ? 0 : n - 1; 0 <= t && t < n; t += Step) {
+    for (int i = 0; i < HALVES; i++) {
+      if (Write) store_narrow(before[t].xy + i * HALF, narrowed(s.xy[i]));
+      if (Write) store_narrow(before[t].x + i * HALF, narrowed(s.x[i]));
+      const Half xi = widened(x[t] + i * HALF);
+      s.xy[i] = f[i] * s.xy[i] + xi * (widened(y[t] + i * HALF) - middle[i]);
+      s.x[i] = f[i] * s.x[i] + xi;
     }
   }
+  sums = s;
 }
 
-// One block of one sequence; `past` holds the sums before every token, `e` the weights.
-template <bool Keep>
-void bi_wkv_forward_block(const BiWkv& f, int64_t b, int64_t block, Sums* past, Row* e) {
-  const int64_t T = f.T, width = f.width(block), at = b * T * f.C + block * WIDTH;
-  double fade[WIDTH], own[WIDTH], x[WIDTH], weight[WIDTH];
-  float top[WIDTH];
-  constants(f, block, fade, own);
-  largest(f, f.k + at, width, top);
-  Sums sums = {};
-  for (int64_t t = 0; t < T; t++) {
-    remember<Keep>(past[t], sums);
-    e[t] = row_at(f.k + at + t * f.C, width);
-    weigh(e[t].x, top);
-    const Row v = row_at(f.v + at + t * f.C, width);
-    for (int c = 0; c < WIDTH; c++) weight[c] = e[t].x[c], x[c] = weight[c] * v.x[c];
-    fade_and_add<Keep>(sums, fade, x, weight);
-  }
-  sums = {};
-  for (int64_t t = T - 1; t >= 0; t--) {
-    const Row v = row_at(f.v + at + t * f.C, width);
-    Row y, den, slope;
-    for (int c = 0; c < WIDTH; c++) {
-      weight[c] = e[t].x[c], x[c] = weight[c] * v.x[c];
-      const double d = past[t].den[c] + sums.den[c] + own[c] * weight[c];
-      const double n = past[t].num[c] + sums.num[c] + own[c] * x[c];
-      const double mean = Keep ? n / d : 0;
-      y.x[c] = (float)n / (float)d;
-      if (Keep) den.x[c] = d;
-      if (Keep)
-        slope.x[c] = (past[t].num_slope[c] + sums.num_slope[c]) -
-                     mean * (past[t].den_slope[c] + sums.den_slope[c]);
-    }
-    put(f.y + at + t * f.C, y.x, width);
-    if (Keep) put(f.den + at + t * f.C, den.x, width);
-    if (Keep) put(f.slope + at + t * f.C, slope.x, width);
-    fade_and_add<Keep>(sums, fade, x, weight);
-  }
-}
+struct BiWkvWork {
+  Scratch scratch;
+  Row *e, *q;             // [T]
+  Row *k, *v, *y;         // [T], of a block that is not full
+  Sums *kept_e, *kept_q;  // [chunks] the sums at the start of each
+  NarrowSums *past_e, *future_e, *past_q, *future_q;  // [TOKENS]
+  bool ready;
 
-// The same for the gradients; adds those of decay and bonus to dw and du.
-void bi_wkv_backward_block(const BiWkv& f, int64_t b, int64_t block, Sums* past, Row* e, double* dw,
-                           double* du) {
-  const int64_t T = f.T, width = f.width(block), at = b * T * f.C + block * WIDTH;
-  double fade[WIDTH], own[WIDTH], q[WIDTH], qy[WIDTH];
-  float top[WIDTH];
-  constants(f, block, fade, own);
-  largest(f, f.k + at, width, top);
-  Sums sums = {};
-  for (int64_t t = 0; t < T; t++) {
-    const int64_t here = at + t * f.C;
-    remember<false>(past[t], sums);
-    e[t] = row_at(f.k + here, width);
-    weigh(e[t].x, top);
-    const Row dy = row_at(f.dy + here, width), y = row_at(f.kept_y + here, width);
-    Row den = row_at(f.kept_den + here, width);
-    const Row v = row_at(f.v + here, width), slope = row_at(f.kept_slope + here, width);
-    for (int64_t c = width; c < WIDTH; c++) den.x[c] = 1;
-    for (int c = 0; c < WIDTH; c++) {
-      q[c] = (double)dy.x[c] / den.x[c], qy[c] = q[c] * y.x[c];
-      dw[c] -= q[c] * slope.x[c];
-      du[c] += q[c] * own[c] * e[t].x[c] * ((double)v.x[c] - y.x[c]);
-    }
-    fade_and_add<false>(sums, fade, q, qy);
+  explicit BiWkvWork(const BiWkv& f) {
+    lay_out(f);
+    ready = scratch.allocate();
+    if (ready) lay_out(f);
   }
-  sums = {};
-  for (int64_t t = T - 1; t >= 0; t--) {
-    const int64_t here = at + t * f.C;
-    const Row dy = row_at(f.dy + here, width), y = row_at(f.kept_y + here, width);
-    const Row v = row_at(f.v + here, width);
-    Row den = row_at(f.kept_den + here, width), dk, dv;
-    for (int64_t c = width; c < WIDTH; c++) den.x[c] = 1;
-    for (int c = 0; c < WIDTH; c++) {
-      q[c] = (double)dy.x[c] / den.x[c], qy[c] = q[c] * y.x[c];
-      const double Q = past[t].num[c] + sums.num[c] + own[c] * q[c];
-      const double R = past[t].den[c] + sums.den[c] + own[c] * qy[c];
-      dv.x[c] = e[t].x[c] * Q;
-      dk.x[c] = e[t].x[c] * (v.x[c] * Q - R);
-    }
-    put(f.dk + here, dk.x, width);
-    put(f.dv + here, dv.x, width);
-    fade_and_add<false>(sums, fade, q, qy);
+  void lay_out(const BiWkv& f) {
+    const bool backward = f.dy, partial = f.C % WIDTH;
+    const auto rows = [&](bool needed) { return (Row*)scratch.floats(needed ? f.T * WIDTH : 0); };
+    e = rows(true), q = rows(backward);
+    k = rows(partial), v = rows(partial), y = rows(partial && backward);
+    Sums** kept[] = {&kept_e, &kept_q};
+    for (Sums** sums : kept) *sums = (Sums*)scratch.floats(f.chunks() * sizeof(Sums) / 4);
+    NarrowSums** sums[] = {&past_e, &future_e, &past_q, &future_q};
+    for (NarrowSums** s : sums) *s = (NarrowSums*)scratch.floats(TOKENS * sizeof(NarrowSums) / 4);
   }
-}
+};
+
+// A block of channels.
+struct BiWkvBlock {
+  const BiWkv& f;
+  const BiWkvWork& m;
+  int64_t width;
+  Half fade[HALVES];  // e^{-ω}
+  float own[WIDTH];   // e^b
+
+  // of one sequence
+  int64_t at;           // the first element
+  float top[WIDTH];     // the largest key
+  float mean[WIDTH];    // of the values
+  Half middle[HALVES];  // the same
+  Rows k, v, y, e, q;
+
+  BiWkvBlock(const BiWkv& f, const BiWkvWork& m, int64_t block)
+      : f(f), m(m), width(f.width(block)) {
+    for (int64_t c = 0; c < WIDTH; c++) {
+      const bool inside = c < width;
+      fade[c / HALF][c % HALF] = inside ? exp(-(double)f.w[block * WIDTH + c] / f.T) : 0;
+      own[c] = inside ? exp((double)f.u[block * WIDTH + c] / f.T) : 0;
+    }
+  }
+
+  void start(int64_t b, int64_t block) {
+    at = b * f.T * f.C + block * WIDTH;
+    k = rows(f.k, m.k), v = rows(f.v, m.v);
+    look();
+    e = {m.e->x, WIDTH};
+    if (!f.dy) return;
+    y = rows(f.kept_centred, m.y);
+    find_q();
+    q = {m.q->x, WIDTH};
+  }
+
+  Rows rows(const float* from, Row* padded) const {
+    if (width == WIDTH) return {from + at, f.C};
+    pack(padded->x, WIDTH, from + at, f.C, f.T, width);
+    return {padded->x, WIDTH};
+  }
+
+  // Find the largest key and the mean value.
+  NOINLINE void look() {
+    const float share = 1.0f / f.T;
+    Vec top[VECTORS], mean[VECTORS] = {};
+    for (int i = 0; i < VECTORS; i++) top[i] = load(k[0] + i * LANES);
+    for (int64_t t = 0; t < f.T; t++) {
+      for (int i = 0; i < VECTORS; i++) {
+        const Vec x = load(k[t] + i * LANES);
+        top[i] = x > top[i] ? x : top[i];
+        mean[i] += load(v[t] + i * LANES) * share;
+      }
+    }
+    for (int i = 0; i < VECTORS; i++) {
+      store(this->top + i * LANES, top[i]);
+      store(this->mean + i * LANES, mean[i]);
+    }
+    for (int i = 0; i < HALVES; i++) middle[i] = widened(this->mean + i * HALF);
+  }
+
+  // q = ∂y / D
+  NOINLINE void find_q() const {
+    Row* q = m.q;
+    for (int64_t t = 0; t < f.T; t++) {
+      const int64_t from = at + t * f.C;
+      for (int64_t c = 0; c < WIDTH; c += LANES) {
+        const Vec dy = load_some(f.dy + from + c, width - c);
+        store(q[t].x + c, dy / load_some(f.kept_den + from + c, width - c));
+      }
+    }
+  }
+
+  // e = e^{k - max k} of n tokens
+  NOINLINE void weigh(int64_t first, int64_t n) const {
+    Row* e = m.e;
+    Vec top[VECTORS];
+    for (int i = 0; i < VECTORS; i++) top[i] = load(this->top + i * LANES);
+    for (int64_t t = first; t < first + n; t++) {
+      for (int i = 0; i < VECTORS; i++)
+        store(e[t].x + i * LANES, weight_of(load(k[t] + i * LANES) - top[i]));
+    }
+  }
+
+  // y from the sums
+  NOINLINE void join(int64_t first, int64_t n) const {
+    for (int64_t t = 0; t < n; t++) {
+      const NarrowSums &past = m.past_e[t], &future = m.future_e[t];
+      fetch(v[first + t - TOKENS], WIDTH);  // for the chunk before this one
+      fetch(e[first + t - TOKENS], WIDTH);
+      fetch(f.y + at + (first + t - TOKENS) * f.C, WIDTH);
+      for (int64_t c = 0; c < WIDTH; c += LANES) {
+        const Vec own = load(this->own + c) * load(e[first + t] + c);
+        const Vec den = load(past.x + c) + load(future.x + c) + own;
+        const Vec mean = load(this->mean + c), v = load(this->v[first + t] + c) - mean;
+        const Vec y = (load(past.xy + c) + load(future.xy + c) + own * v) / den;
+        const int64_t to = at + (first + t) * f.C + c;
+        store_some(f.y + to, mean + y, width - c);
+        if (!f.den) continue;
+        store_some(f.den + to, den, width - c);
+        store_some(f.centred + to, y, width - c);
+      }
+    }
+  }
+
+  void forward() const {
+    Sums past = {}, future = {};
+    for (int64_t chunk = 0; chunk < f.chunks(); chunk++) {
+      m.kept_e[chunk] = past;
+      const int64_t first = chunk * TOKENS;
+      weigh(first, f.tokens(chunk));
+      if (chunk + 1 == f.chunks()) break;
+      sweep<1, false>(TOKENS, fade, middle, past, e.from(first), v.from(first), nullptr);
+    }
+    for (int64_t chunk = f.chunks() - 1; chunk >= 0; chunk--) {
+      const int64_t first = chunk * TOKENS, n = f.tokens(chunk);
+      sweep<1, true>(n, fade, middle, m.kept_e[chunk], e.from(first), v.from(first), m.past_e);
+      sweep<-1, true>(n, fade, middle, future, e.from(first), v.from(first), m.future_e);
+      join(first, n);
+    }
+  }
+
+  // The gradients from the sums; adds those of decay and bonus to dw and du.
+  NOINLINE void join_gradients(int64_t first, int64_t n, double* dw, double* du) const {
+    Vec dfade[VECTORS] = {}, down[VECTORS] = {};
+    for (int64_t t = 0; t < n; t++) {
+      const NarrowSums &past_e = m.past_e[t], &future_e = m.future_e[t];
+      const NarrowSums &past_q = m.past_q[t], &future_q = m.future_q[t];
+      for (int64_t c = 0; c < WIDTH; c += LANES) {
+        const Vec own = load(this->own + c), e = load(this->e[first + t] + c);
+        const Vec v = load(this->v[first + t] + c) - load(mean + c);
+        const Vec y = load(this->y[first + t] + c);
+        const Vec q = load(this->q[first + t] + c);
+        const Vec past_Q = load(past_q.x + c), future_Q = load(future_q.x + c);
+        const Vec past_R = load(past_q.xy + c), future_R = load(future_q.xy + c);
+        const Vec Q = past_Q + future_Q + own * q;
+        const Vec R = past_R + future_R + own * q * y;
+        const int64_t to = at + (first + t) * f.C + c;
+        store_some(f.dv + to, e * Q, width - c);
+        store_some(f.dk + to, e * (v * Q - R), width - c);
+        down[c / LANES] += e * q * (v - y);
+        dfade[c / LANES] += (load(past_e.xy + c) * future_Q - load(past_e.x + c) * future_R) +
+                            (load(future_e.xy + c) * past_Q - load(future_e.x + c) * past_R);
+      }
+    }
+    for (int64_t c = 0; c < width; c++) {
+      dw[c] -= fade[c / HALF][c % HALF] * dfade[c / LANES][c % LANES];
+      du[c] += own[c] * down[c / LANES][c % LANES];
+    }
+  }
+
+  void backward(double* dw, double* du) const {
+    const Half zero[HALVES] = {};
+    Sums past_e = {}, future_e = {}, past_q = {}, future_q = {};
+    for (int64_t chunk = 0; chunk < f.chunks(); chunk++) {
+      const int64_t first = chunk * TOKENS;
+      m.kept_e[chunk] = past_e, m.kept_q[chunk] = past_q;
+      weigh(first, f.tokens(chunk));
+      if (chunk + 1 == f.chunks()) break;
+      sweep<1, false>(TOKENS, fade, middle, past_e, e.from(first), v.from(first), nullptr);
+      sweep<1, false>(TOKENS, fade, zero, past_q, q.from(first), y.from(first), nullptr);
+    }
+    for (int64_t chunk = f.chunks() - 1; chunk >= 0; chunk--) {
+      const int64_t first = chunk * TOKENS, n = f.tokens(chunk);
+      const Rows e = this->e.from(first), v = this->v.from(first);
+      const Rows q = this->q.from(first), y = this->y.from(first);
+      sweep<1, true>(n, fade, middle, m.kept_e[chunk], e, v, m.past_e);
+      sweep<1, true>(n, fade, zero, m.kept_q[chunk], q, y, m.past_q);
+      sweep<-1, true>(n, fade, middle, future_e, e, v, m.future_e);
+      sweep<-1, true>(n, fade, zero, future_q, q, y, m.future_q);
+      join_gradients(first, n, dw, du);
+    }
+  }
+};
 
 // ---- any decay ---------------------------------------------------------------------------------
 
@@ -222,8 +316,8 @@ struct Scaled {
   }
 };
 
-// One channel of one sequence: y, and for every token the logarithm `scale` of the scale of its sums,
-// its denominator and slope on that scale. T-long arrays, `stride` apart for y, k and v.
+// One channel of one sequence: y, and for every token the logarithm `scale` of the scale of its
+// sums, its denominator and slope on that scale. T-long arrays; k and v are C apart.
 void bi_wkv_careful(const BiWkv& f, const float* k, const float* v, double decay, double bonus,
                     Scaled* past, double* y, double* scale, double* den, double* slope) {
   Scaled sums;
@@ -308,38 +402,21 @@ bool bi_wkv_backward_careful(const BiWkv& f, int64_t b, int64_t block, double* d
 
 // ---- all blocks --------------------------------------------------------------------------------
 
-struct BiWkvWork {
-  Scratch scratch;
-  Sums* past;
-  Row* e;
-  bool ready;
-
-  explicit BiWkvWork(int64_t T) {
-    lay_out(T);
-    ready = scratch.allocate();
-    if (ready) lay_out(T);
-  }
-  void lay_out(int64_t T) {
-    past = (Sums*)scratch.floats(T * sizeof(Sums) / 4);
-    e = (Row*)scratch.floats(T * sizeof(Row) / 4);
-  }
-};
-
 struct BiWkvForward {
   BiWkv f;
 
   bool range(int64_t begin, int64_t end) const {
-    BiWkvWork work(f.T);
+    BiWkvWork work(f);
     if (!work.ready) return false;
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / f.blocks(), block = i % f.blocks();
       if (!f.within_range(block)) {
         if (!bi_wkv_forward_careful(f, b, block)) return false;
-      } else if (f.den) {
-        bi_wkv_forward_block<true>(f, b, block, work.past, work.e);
-      } else {
-        bi_wkv_forward_block<false>(f, b, block, work.past, work.e);
+        continue;
       }
+      BiWkvBlock one(f, work, block);
+      one.start(b, block);
+      one.forward();
     }
     return true;
   }
@@ -350,15 +427,19 @@ struct BiWkvBackward {
   BiWkv f;
 
   bool range(int64_t begin, int64_t end) const {
-    BiWkvWork work(f.T);
+    BiWkvWork work(f);
     if (!work.ready) return false;
     for (int64_t block = begin; block < end; block++) {
       double dw[WIDTH] = {}, du[WIDTH] = {};
-      for (int64_t b = 0; b < f.B; b++) {
-        if (f.within_range(block))
-          bi_wkv_backward_block(f, b, block, work.past, work.e, dw, du);
-        else if (!bi_wkv_backward_careful(f, b, block, dw, du))
-          return false;
+      if (f.within_range(block)) {
+        BiWkvBlock one(f, work, block);
+        for (int64_t b = 0; b < f.B; b++) {
+          one.start(b, block);
+          one.backward(dw, du);
+        }
+      } else {
+        for (int64_t b = 0; b < f.B; b++)
+          if (!bi_wkv_backward_careful(f, b, block, dw, du)) return false;
       }
       for (int64_t c = 0; c < f.width(block); c++) {
         f.dw[block * WIDTH + c] = dw[c] / f.T;
@@ -376,8 +457,8 @@ EXPORT(bi_wkv_forward)(ParallelFor parallel, const int64_t* sizes, const float* 
   BiWkv f = {};
   f.B = sizes[0], f.T = sizes[1], f.C = sizes[2];
   f.w = in[0], f.u = in[1], f.k = in[2], f.v = in[3];
-  f.y = out[0], f.den = out[1], f.slope = out[2];
-  return for_each(parallel, f.B * f.blocks(), 20 * f.T * WIDTH, BiWkvForward{f});
+  f.y = out[0], f.den = out[1], f.centred = out[2];
+  return for_each(parallel, f.B * f.blocks(), 10 * f.T * WIDTH, BiWkvForward{f});
 }
 
 EXPORT(bi_wkv_backward)(ParallelFor parallel, const int64_t* sizes, const float* const* in,
@@ -385,7 +466,7 @@ EXPORT(bi_wkv_backward)(ParallelFor parallel, const int64_t* sizes, const float*
   BiWkv f = {};
   f.B = sizes[0], f.T = sizes[1], f.C = sizes[2];
   f.w = in[0], f.u = in[1], f.k = in[2], f.v = in[3];
-  f.kept_y = in[4], f.kept_den = in[5], f.kept_slope = in[6], f.dy = in[7];
+  f.kept_den = in[4], f.kept_centred = in[5], f.dy = in[6];
   f.dw = out[0], f.du = out[1], f.dk = out[2], f.dv = out[3];
   return for_each(parallel, f.blocks(), 40 * f.B * f.T * WIDTH, BiWkvBackward{f});
 }

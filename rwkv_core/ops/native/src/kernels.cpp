@@ -2,5 +2,9 @@
 //   -DISA=<suffix of the names> -DLANES=<floats of a vector>
 
 #include "bi_wkv.h"
+#include "gemv.h"
+#include "rwkv7_layer.h"
+#include "token_mix.h"
+#include "wkv4.h"
 #include "wkv6.h"
 #include "wkv7.h"

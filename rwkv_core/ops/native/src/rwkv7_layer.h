@@ -12,7 +12,7 @@
 //
 // Finish, ŷ the head normalised, s = Σ r k r_k over the head:
 //
-//   out = z g,  z = ŷ γ + β + s v;   dz = g dout,  dg = z dout,  ds = v·dz
+//   out = z g,  z = ŷ γ + β + s v;   dz = g dgated,  dg = z dgated,  ds = v·dz
 //   dy = (γ dz - mean(γ dz) - ŷ mean(ŷ γ dz)) / deviation,   dv = s dz
 //   dr = ds k r_k,  dk = ds r r_k,  dr_k = Σ ds r k,  dγ = Σ ŷ dz,  dβ = Σ dz
 //
@@ -169,7 +169,7 @@ struct Finish7 {
 
 struct Finish7Backward {
   int64_t M, H, N;
-  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias, *eps, *dout;
+  const float *y, *r, *k, *v, *g, *r_k, *weight, *bias, *eps, *dgated;
   float *dy, *dr, *dk, *dv, *dg;  // [M, D]
   float* sums;                    // [blocks, 3, D]: r_k weight bias
 
@@ -191,12 +191,12 @@ struct Finish7Backward {
       const int64_t i = at + d;
       total += load(y + i);
       bonus += load(r + i) * load(k + i) * load(r_k + channel + d);
-      dbonus += load(dout + i) * load(g + i) * load(v + i);
+      dbonus += load(dgated + i) * load(g + i) * load(v + i);
     }
     const float mean = lanes_sum(total) / N, s = lanes_sum(bonus), ds = lanes_sum(dbonus);
     for (int64_t d = 0; d < N; d += LANES) {
       const Vec off = load(y + at + d) - mean;
-      const Vec dunit = load(dout + at + d) * load(g + at + d) * load(weight + channel + d);
+      const Vec dunit = load(dgated + at + d) * load(g + at + d) * load(weight + channel + d);
       squares += off * off;
       plain += dunit;
       along += dunit * off;
@@ -207,7 +207,7 @@ struct Finish7Backward {
     for (int64_t d = 0; d < N; d += LANES) {
       const int64_t i = at + d, c = channel + d;
       const Vec unit = (load(y + i) - mean) * inverse, scale = load(weight + c);
-      const Vec value = load(v + i), out = load(dout + i), dz = out * load(g + i);
+      const Vec value = load(v + i), out = load(dgated + i), dz = out * load(g + i);
       store(dg + i, out * (unit * scale + load(bias + c) + value * s));
       store(dy + i, (dz * scale - mean_plain - unit * mean_along) * inverse);
       store(dv + i, dz * s);
