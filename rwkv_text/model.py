@@ -17,6 +17,7 @@ from rwkv_core.adapter import ExportSpec
 from rwkv_core.backbone import Backbone
 from rwkv_core.errors import CheckpointError
 from rwkv_core.graphs import SequenceGraph, StepGraph, recurrent_spec
+from rwkv_core.mixers.base import Linear
 from rwkv_core.run import TorchRun
 from rwkv_core.state import State
 from rwkv_text import host
@@ -49,7 +50,7 @@ class CausalLM(nn.Module):
         self.backbone = Backbone(
             config.dim, config.depth, mixer=config.mixer, mixer_options=config.mixer_options
         )
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
         self.fingerprint = _fingerprint(config)
         self.reset_parameters()
 

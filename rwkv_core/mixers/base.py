@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_core.errors import ConfigError, did_you_mean
+from rwkv_core.ops.head_norm import head_norm
+from rwkv_core.ops.linear import linear
 
 __all__ = [
-    "Generation", "HeadNorm", "LayerState", "MatrixState", "Mixer", "ParamGroup", "Shared",
+    "Generation", "HeadNorm", "LayerState", "Linear", "MatrixState", "Mixer", "ParamGroup",
+    "Shared",
 ]  # fmt: skip
 
 LayerState = Any  # a NamedTuple of tensors, declared in the mixer's own file
@@ -158,6 +160,25 @@ def _parameters(cls: type[Mixer]) -> set[str]:
     return set(inspect.signature(cls).parameters)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` without a bias, whose product with one token is that of ``ops/linear.py``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return linear(x, self.weight)
+
+    def lay_by_columns(self) -> None:
+        """Keep the weight by columns in memory, for inference; its shape and values stay.
+
+        Of one token the product then reads only the columns whose input is not zero, which after a
+        squared ReLU are half of them or fewer. FSDP takes no such weight.
+        """
+        self.weight.data = self.weight.mT.contiguous().mT
+
+
 class HeadNorm(nn.Module):
     """Normalise each head on its own, then scale and shift per channel (GroupNorm over heads).
 
@@ -173,9 +194,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, y_H1V: Tensor) -> Tensor:
         """Map rows [..., H, 1, V] to normalised rows."""
-        rows = (-1, 1, y_H1V.shape[-1])
-        y_H1V = F.layer_norm(y_H1V, rows[-1:], eps=self.eps)
-        return y_H1V * self.weight.view(rows) + self.bias.view(rows)
+        return head_norm(y_H1V, self.weight, self.bias, self.eps)
 
 
 def check_heads(dim: int, head_dim: int) -> None:

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, HeadNorm, Mixer, Shared, check_heads, lora_rank
+from rwkv_core.mixers.base import (
+    Generation,
+    HeadNorm,
+    Linear,
+    Mixer,
+    Shared,
+    check_heads,
+    lora_rank,
+)  # fmt: skip
 from rwkv_core.mixers.rwkv7 import ChannelMix7
 from rwkv_core.ops.shift import token_shift
 
@@ -57,8 +65,8 @@ class TimeMixNone(Mixer):
         self.x_g = nn.Parameter(torch.empty(dim))
         self.g1 = nn.Parameter(torch.empty(dim, rank))
         self.g2 = nn.Parameter(torch.empty(rank, dim))
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.value = Linear(dim, dim)
+        self.output = Linear(dim, dim)
         self.ln_x = HeadNorm(dim, norm_eps)
         self.reset_parameters()
 

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, Mixer, Shared
+from rwkv_core.mixers.base import Generation, Linear, Mixer, Shared
 from rwkv_core.ops._common import state_dtype
 from rwkv_core.ops.shift import token_shift
+from rwkv_core.ops.squared_relu import squared_relu
 from rwkv_core.ops.wkv4 import WKV4State, wkv4, wkv4_step
 
 __all__ = ["RWKV4", "ChannelMix4", "LayerState4", "TimeMix4"]
@@ -80,10 +81,10 @@ class TimeMix4(Mixer):
         self.time_mix_k = nn.Parameter(torch.empty(dim))
         self.time_mix_v = nn.Parameter(torch.empty(dim))
         self.time_mix_r = nn.Parameter(torch.empty(dim))
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.receptance = Linear(dim, dim)
+        self.output = Linear(dim, dim)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -178,9 +179,9 @@ class ChannelMix4(Mixer):
         self.layer, self.depth = layer, depth
         self.time_mix_k = nn.Parameter(torch.empty(dim))
         self.time_mix_r = nn.Parameter(torch.empty(dim))
-        self.key = nn.Linear(dim, hidden_dim or 4 * dim, bias=False)
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(hidden_dim or 4 * dim, dim, bias=False)
+        self.key = Linear(dim, hidden_dim or 4 * dim)
+        self.receptance = Linear(dim, dim)
+        self.value = Linear(hidden_dim or 4 * dim, dim)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -213,7 +214,7 @@ class ChannelMix4(Mixer):
         d_D = x_D - previous_D
         x_k = torch.addcmul(previous_D, d_D, self.time_mix_k)
         x_r = torch.addcmul(previous_D, d_D, self.time_mix_r)
-        hidden = torch.relu(self.key(x_k)).square()
+        hidden = squared_relu(self.key(x_k))
         return torch.sigmoid(self.receptance(x_r)) * self.value(hidden)
 
 

@@ -31,7 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_core.mixers.base import Generation, HeadNorm, MatrixState, Mixer, Shared, check_heads
+from rwkv_core.mixers.base import (
+    Generation,
+    HeadNorm,
+    Linear,
+    MatrixState,
+    Mixer,
+    Shared,
+    check_heads,
+)  # fmt: skip
 from rwkv_core.mixers.rwkv4 import ChannelMix4
 from rwkv_core.ops.shift import token_shift
 from rwkv_core.ops.wkv6 import wkv6, wkv6_step
@@ -95,11 +103,11 @@ class TimeMix5(Mixer):
         self.time_mix_v = nn.Parameter(torch.empty(dim))
         self.time_mix_r = nn.Parameter(torch.empty(dim))
         self.time_mix_g = nn.Parameter(torch.empty(dim)) if gate else None
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.gate = nn.Linear(dim, dim, bias=False) if gate else None
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.receptance = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.gate = Linear(dim, dim) if gate else None
+        self.output = Linear(dim, dim)
         self.ln_x = HeadNorm(dim, norm_eps)
         self.reset_parameters()
 

@@ -1,0 +1,84 @@
+"""A linear map, ``y = W x``, which for one token reads its weights as fast as memory gives them.
+
+Decoding reads every weight once per token, so that nothing counts but the rate of reading. The
+native form (``native/src/gemv.h``) takes one token on the CPU, in fp32 or bf16, where no gradient
+will be asked for; all else is ``F.linear``. It is called by its address, not as an operator of
+torch, which would cost as much as a small matrix.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from rwkv_core.ops.native.library import Library, available, loaded
+
+__all__ = ["linear"]
+
+BY_ROWS, BY_COLUMNS = 0, 1  # how a matrix lies in memory, as in gemv.h
+FORMATS = {torch.float32: 0, torch.bfloat16: 2}
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.mT``: x [..., in], weight [out, in] → [..., out].
+
+    A weight may lie in memory by rows or, like the ``mT`` of a tensor [in, out], by columns. Of the
+    latter the native form does not read the columns whose x is 0: an infinite weight among them
+    does not become NaN.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.linear(x, weight)
+    rows, columns = weight.shape
+    form = _form(x, weight)
+    if form is None:
+        # torch multiplies bf16 by columns up to 15 times as slowly as by rows
+        is_slow = x.dtype == torch.bfloat16 and weight.is_cpu and weight.stride() == (1, rows)
+        return F.linear(x, weight.contiguous() if is_slow else weight)
+    library = loaded()
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    addresses = (weight.data_ptr(), x.data_ptr(), y.data_ptr())
+    if _gemv(library)(library._parallel, form, rows, columns, *addresses):
+        raise MemoryError("native linear: no memory for the workspace")
+    return y
+
+
+def _form(x: Tensor, weight: Tensor) -> int | None:
+    """Return how the native form reads the weight, or None if it does not take these tensors."""
+    rows, columns = weight.shape
+    if x.numel() != columns or x.shape[-1] != columns:
+        return None
+    dtype = FORMATS.get(x.dtype)
+    if dtype is None or weight.dtype != x.dtype or not (x.is_cpu and weight.is_cpu):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return None
+    if type(weight) not in (Parameter, Tensor) or not available() or _is_watched():
+        return None
+    strides = weight.stride()
+    if strides == (columns, 1):
+        return BY_ROWS + dtype
+    return BY_COLUMNS + dtype if strides == (1, rows) else None
+
+
+def _is_watched() -> bool:
+    """Tell whether a mode of torch would have to see the operation or to change it."""
+    return bool(
+        torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _gemv(library: Library) -> Any:
+    function = ctypes.CDLL(str(library.path))[f"gemv_{library.isa}"]
+    address, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = (address, size, size, size, address, address, address)
+    return function
