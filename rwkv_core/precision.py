@@ -48,7 +48,9 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
         kept = module.full_precision if isinstance(module, Mixer) else frozenset()
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point():
-                parameter.data = parameter.to(torch.float32 if name in kept else dtype)
+                value = parameter.to(torch.float32 if name in kept else dtype)
+                # in 16 bit a matrix by columns is slow, see mixers/base.py
+                parameter.data = value if value.dtype == torch.float32 else value.contiguous()
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_core import checkpoint
 from rwkv_core.adapter import ExportSpec
-from rwkv_core.backbone import Backbone
+from rwkv_core.backbone import Backbone, Block
 from rwkv_core.errors import CheckpointError
 from rwkv_core.graphs import SequenceGraph, StepGraph, recurrent_spec
 from rwkv_core.mixers.base import Linear
@@ -142,7 +142,7 @@ def _spec(name: str, module: StepGraph, model: CausalLM) -> ExportSpec:
 
 
 def load(path: str | Path) -> CausalLM:
-    """Return the language model at ``path``, in fp32 and evaluation mode.
+    """Return the language model at ``path``, in fp32 and evaluation mode, laid out for decoding.
 
     Args:
         path: a checkpoint's folder or a run's; an official ``.pth``; a ggmf file of rwkv.cpp, also
@@ -152,7 +152,13 @@ def load(path: str | Path) -> CausalLM:
     Raises:
         CheckpointError: nothing that can be read, a damaged file, or a model of another domain.
     """
-    return cast(CausalLM, checkpoint.load(path, "text"))
+    model = cast(CausalLM, checkpoint.load(path, "text"))
+    for block in model.backbone.blocks:
+        # what a squared ReLU feeds: of one token, more than half of the columns need not be read
+        value = getattr(cast(Block, block).channel_mix, "value", None)
+        if isinstance(value, Linear):
+            value.lay_by_columns()
+    return model
 
 
 def _fingerprint(config: TextConfig) -> str:

@@ -188,7 +188,7 @@ def test_a_layer_in_training_uses_every_native_form(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(library.Library, "run", run)
     time_mix, channel_mix = TimeMix7(64, head_dim=32), ChannelMix7(64)
     state = time_mix.init_state(1)
-    y_BTD, state, shared = time_mix(torch.randn(1, 9, 64), state, Shared())
+    y_BTD, state, shared = time_mix(torch.randn(1, 67, 64), state, Shared())
     y_BTD, *_ = channel_mix(y_BTD, state, shared)
     y_BTD.sum().backward()
     passes = {f"{op}_{way}" for op in ("token_mix", "gates7", "wkv7", "finish7")

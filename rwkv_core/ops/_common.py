@@ -59,6 +59,8 @@ def is_traced(*inputs: Tensor) -> bool:
         return True
     if torch._C._are_functorch_transforms_active():
         return True
+    if forward_ad._current_level < 0:
+        return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 

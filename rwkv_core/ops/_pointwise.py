@@ -10,6 +10,11 @@ from rwkv_core.ops.native.library import choose, loaded
 BLOCK = 64  # tokens whose parameter gradients are summed together, as in native/src/token_mix.h
 
 
+def learns(*tensors: Tensor) -> bool:
+    """Tell whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def is_native(op: str, impl: str, *tensors: Tensor) -> bool:
     """Tell whether ``impl``, "plain", "native" or "auto", means the native form for these tensors.
 
@@ -23,7 +28,7 @@ def is_native(op: str, impl: str, *tensors: Tensor) -> bool:
     if impl not in ("plain", "native", "auto"):
         names = ["auto", "plain", "native"]
         raise ConfigError(f"{op}: unknown impl {impl!r}; {did_you_mean(impl, names)}")
-    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    fits = all(x.dtype is torch.float32 and x.is_cpu for x in tensors)
     if impl == "native":
         loaded()
         if not fits:
@@ -33,4 +38,4 @@ def is_native(op: str, impl: str, *tensors: Tensor) -> bool:
             raise NativeError(f"{op}: impl='native' takes float32 on cpu, got {kinds}")
     elif impl == "auto":
         fits = fits and choose("auto", "plain", tensors[0]) == "native" and not is_traced(*tensors)
-    return impl != "plain" and fits and all(x.numel() for x in tensors)
+    return impl != "plain" and fits and tensors[0].numel() > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_core.errors import NativeError
 from rwkv_core.ops._common import differentiable_again, state_dtype
-from rwkv_core.ops._pointwise import BLOCK, is_native
+from rwkv_core.ops._pointwise import BLOCK, is_native, learns
 from rwkv_core.ops.head_norm import head_norm
 from rwkv_core.ops.native.library import loaded
 
@@ -69,7 +69,8 @@ def gates7(
     mixing = (v_D, *mixed_in) if mixed_in else ()
     if not _is_native("gates7", impl, k_k_HK, *inputs, *mixing):
         return Gates7(*_gates(*inputs, *(mixing or (v_D,))))
-    found = _Gates.apply(*inputs, *mixing)
+    run = _Gates.apply if learns(*inputs, *mixing) else _native_gates
+    found = run(*inputs, *mixing)
     return Gates7(*(_rows(x, *k_k_HK.shape) for x in (found if mixing else (*found, v_D))))
 
 
@@ -98,7 +99,9 @@ def finish7(
     if not _is_native("finish7", impl, r_k_HK, *rows, g_D, weight_D, bias_D):
         return _finish(*rows, g_D, r_k_HK, weight_D, bias_D, eps)
     flat = (x.flatten(-3) for x in rows)
-    return _Finish.apply(*flat, g_D, r_k_HK, weight_D, bias_D, g_D.new_tensor(eps))
+    others = (g_D, r_k_HK, weight_D, bias_D)
+    run = _Finish.apply if learns(*rows, *others) else _native_finish
+    return run(*flat, *others, torch.tensor(eps))
 
 
 # ---- plain -------------------------------------------------------------------------------------
@@ -161,26 +164,28 @@ def _plain_gates(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.flatten(-3) for x in found)[: 5 if mixing else 4]
 
 
+def _native_gates(*inputs: Tensor) -> tuple[Tensor, ...]:
+    inputs = tuple(x.contiguous() for x in inputs)
+    k, k_k_HK = inputs[2], inputs[5]
+    out = [torch.empty_like(k) for _ in range(5 if len(inputs) > 7 else 4)]
+    w, k_out, a, b = out[:4]
+    v_out = out[4] if len(out) > 4 else None
+    loaded().run("gates7_forward", _sizes(k, k_k_HK), _gate_inputs(inputs), (w, k_out, v_out, a, b))
+    return tuple(out)
+
+
 class _Gates(torch.autograd.Function):
     """Inputs as :func:`_gates`, the value only where the first layer's is mixed into it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        inputs = tuple(x.contiguous() for x in inputs)
         ctx.save_for_backward(*inputs)
-        k, k_k_HK = inputs[2], inputs[5]
-        out = [torch.empty_like(k) for _ in range(5 if len(inputs) > 7 else 4)]
-        w, k_out, a, b = out[:4]
-        v_out = out[4] if len(out) > 4 else None
-        loaded().run(
-            "gates7_forward", _sizes(k, k_k_HK), _gate_inputs(inputs), (w, k_out, v_out, a, b)
-        )
-        return tuple(out)
+        return _native_gates(*inputs)
 
     @staticmethod
     @differentiable_again(_plain_gates)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        inputs = tuple(x.contiguous() for x in ctx.saved_tensors)
         k, k_k_HK = inputs[2], inputs[5]
         sizes = _sizes(k, k_k_HK)
         dw, dk, da, db, *dv = (g.contiguous() for g in grads)
@@ -211,19 +216,23 @@ def _plain_finish(*inputs: Tensor) -> Tensor:
     return _finish(y, r, k, v, g_D, r_k_HK, weight_D, bias_D, float(eps))
 
 
+def _native_finish(*inputs: Tensor) -> Tensor:
+    inputs = tuple(x.contiguous() for x in inputs)
+    out = torch.empty_like(inputs[4])
+    loaded().run("finish7_forward", _sizes(out, inputs[5]), inputs, (out,))
+    return out
+
+
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        inputs = tuple(x.contiguous() for x in inputs)
         ctx.save_for_backward(*inputs)
-        out = torch.empty_like(inputs[4])
-        loaded().run("finish7_forward", _sizes(out, inputs[5]), inputs, (out,))
-        return out
+        return _native_finish(*inputs)
 
     @staticmethod
     @differentiable_again(_plain_finish)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        inputs = tuple(x.contiguous() for x in ctx.saved_tensors)
         g_D, r_k_HK = inputs[4], inputs[5]
         sizes = _sizes(g_D, r_k_HK)
         out = [torch.empty_like(g_D) for _ in range(5)]

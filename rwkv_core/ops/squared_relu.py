@@ -11,10 +11,13 @@ from rwkv_core.ops.native.library import loaded
 
 __all__ = ["squared_relu"]
 
+FEW = 1 << 14
+
 
 def squared_relu(x: Tensor, *, impl: str = "auto") -> Tensor:
     """Return relu(x)² of a tensor of any shape; ``impl`` as in :func:`rwkv_core.ops.token_mix`."""
-    if not is_native("squared_relu", impl, x):
+    few = impl == "auto" and x.numel() < FEW  # the way into the library would cost more
+    if few or not is_native("squared_relu", impl, x):
         return torch.relu(x).square()
     return _SquaredRelu.apply(x)
 

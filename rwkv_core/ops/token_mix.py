@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.ops._common import differentiable_again
-from rwkv_core.ops._pointwise import BLOCK, is_native
+from rwkv_core.ops._pointwise import BLOCK, is_native, learns
 from rwkv_core.ops.native.library import loaded
 from rwkv_core.ops.shift import token_shift
 
@@ -34,26 +34,31 @@ def token_mix(
         previous_BTD, after_BD = token_shift(x_BTD, last_BD)
         d_BTD = previous_BTD - x_BTD
         return tuple(torch.addcmul(x_BTD, d_BTD, mix_D) for mix_D in mix_ND), after_BD
-    return _TokenMix.apply(x_BTD, last_BD, mix_ND), x_BTD[:, -1]
+    run = _TokenMix.apply if learns(x_BTD, last_BD, mix_ND) else _native
+    return run(x_BTD, last_BD, mix_ND), x_BTD[:, -1]
 
 
 def _plain(x_BTD: Tensor, last_BD: Tensor, mix_ND: Tensor) -> tuple[Tensor, ...]:
     return token_mix(x_BTD, last_BD, mix_ND, impl="plain")[0]
 
 
+def _native(x_BTD: Tensor, last_BD: Tensor, mix_ND: Tensor) -> tuple[Tensor, ...]:
+    inputs = [x.contiguous() for x in (x_BTD, last_BD, mix_ND)]
+    out = tuple(torch.empty_like(inputs[0]) for _ in range(len(mix_ND)))
+    loaded().run("token_mix_forward", (*x_BTD.shape, len(mix_ND)), inputs, out)
+    return out
+
+
 class _TokenMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, last_BD: Tensor, mix_ND: Tensor) -> tuple[Tensor, ...]:
-        inputs = [x.contiguous() for x in (x_BTD, last_BD, mix_ND)]
-        ctx.save_for_backward(*inputs)
-        out = tuple(torch.empty_like(inputs[0]) for _ in mix_ND)
-        loaded().run("token_mix_forward", (*x_BTD.shape, len(mix_ND)), inputs, out)
-        return out
+        ctx.save_for_backward(x_BTD, last_BD, mix_ND)
+        return _native(x_BTD, last_BD, mix_ND)
 
     @staticmethod
     @differentiable_again(_plain)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        x_BTD, last_BD, mix_ND = ctx.saved_tensors
+        x_BTD, last_BD, mix_ND = (x.contiguous() for x in ctx.saved_tensors)
         B, T, D = x_BTD.shape
         dx, dlast = torch.empty_like(x_BTD), torch.empty_like(last_BD)
         sums = x_BTD.new_empty(B * -(-T // BLOCK), len(mix_ND), D)

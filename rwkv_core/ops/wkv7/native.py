@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import NativeError
+from rwkv_core.ops._common import is_traced
 from rwkv_core.ops.native.library import check, loaded
 
 CHUNK = 32
@@ -32,7 +33,10 @@ def wkv7_native(
         return v_BTHV, state_BHKV
     inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
     train = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y_BTHV, state_BHKV, _, _ = _forward(*inputs, train)
+    if not train and not is_traced(*inputs):  # one token takes no longer than an operator's way in
+        y_BTHV, state_BHKV, *_ = _run(*inputs, train)
+    else:
+        y_BTHV, state_BHKV, *_ = _forward(*inputs, train)
     return y_BTHV, state_BHKV
 
 
@@ -40,8 +44,7 @@ def _sizes(r_BTHK: Tensor, v_BTHV: Tensor) -> tuple[int, ...]:
     return (*r_BTHK.shape, v_BTHV.shape[-1], CHUNK)
 
 
-@torch.library.custom_op("rwkv::wkv7_forward", mutates_args=(), device_types="cpu")
-def _forward(
+def _run(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
@@ -63,6 +66,13 @@ def _outputs(
     found = torch.empty_like(y)
     # [chunks, tiles of values, K, TILE] per head
     return y, last, found, v.new_empty(B, H, -(-T // CHUNK), -(-V // TILE), K, TILE)
+
+
+@torch.library.custom_op("rwkv::wkv7_forward", mutates_args=(), device_types="cpu")
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, train: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run(r, w, k, v, a, b, state, train)
 
 
 @_forward.register_fake
