@@ -16,8 +16,8 @@ FEW = 1 << 14
 
 def squared_relu(x: Tensor, *, impl: str = "auto") -> Tensor:
     """Return relu(x)² of a tensor of any shape; ``impl`` as in :func:`rwkv_core.ops.token_mix`."""
-    few = impl == "auto" and x.numel() < FEW  # the way into the library would cost more
-    if few or not is_native("squared_relu", impl, x):
+    # of a few numbers the way into the library would cost more; traced code is not asked how many
+    if not is_native("squared_relu", impl, x) or (impl == "auto" and x.numel() < FEW):
         return torch.relu(x).square()
     return _SquaredRelu.apply(x)
 
