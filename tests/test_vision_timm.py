@@ -303,9 +303,8 @@ def test_other_input_channels_and_stochastic_depth(name: str, channels: int) -> 
     assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize(
-    "name", ["test_vrwkv", *(pytest.param(n, marks=pytest.mark.slow) for n in TESTS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TESTS)
 def test_compiles_without_graph_breaks_and_exports_strictly(name: str) -> None:
     model, x = create(name, depth=2), torch.randn(2, 3, 64, 64)
     torch._dynamo.reset()
