@@ -49,6 +49,11 @@ def check_state(op: str, state_BHKV: Tensor | None, key_dim: int, v_BTHV: Tensor
     return state_BHKV
 
 
+def learns(*tensors: Tensor) -> bool:
+    """Tell whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def is_traced(*inputs: Tensor) -> bool:
     """Tell whether anything but autograd looks at the operations on these tensors.
 

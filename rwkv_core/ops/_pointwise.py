@@ -10,11 +10,6 @@ from rwkv_core.ops.native.library import choose, loaded
 BLOCK = 64  # tokens whose parameter gradients are summed together, as in native/src/token_mix.h
 
 
-def learns(*tensors: Tensor) -> bool:
-    """Tell whether autograd records what is done with these tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def is_native(op: str, impl: str, *tensors: Tensor) -> bool:
     """Tell whether ``impl``, "plain", "native" or "auto", means the native form for these tensors.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import NativeError
-from rwkv_core.ops._common import differentiable_again, state_dtype
-from rwkv_core.ops._pointwise import BLOCK, is_native, learns
+from rwkv_core.ops._common import differentiable_again, learns, state_dtype
+from rwkv_core.ops._pointwise import BLOCK, is_native
 from rwkv_core.ops.head_norm import head_norm
 from rwkv_core.ops.native.library import loaded
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_core.ops._common import differentiable_again
-from rwkv_core.ops._pointwise import BLOCK, is_native, learns
+from rwkv_core.ops._common import differentiable_again, learns
+from rwkv_core.ops._pointwise import BLOCK, is_native
 from rwkv_core.ops.native.library import loaded
 from rwkv_core.ops.shift import token_shift
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import NativeError
+from rwkv_core.ops._common import learns
 from rwkv_core.ops.native.library import check, loaded
 
 
@@ -17,7 +18,7 @@ def bi_wkv_native(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor) -> Ten
     """Return y [B, T, C]; every argument already in fp32, any decay."""
     check("bi_wkv", v_BTC)
     inputs = (w_C, u_C, k_BTC, v_BTC)
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    train = learns(*inputs)
     return _forward(*inputs, train)[0]
 
 

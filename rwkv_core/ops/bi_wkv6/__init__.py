@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import ConfigError, did_you_mean
-from rwkv_core.ops._common import check_shapes, state_dtype
+from rwkv_core.ops._common import check_shapes, is_traced, state_dtype
 from rwkv_core.ops.bi_wkv6.chunked import BiWKV6Chunked, bi_wkv6_chunked
 from rwkv_core.ops.bi_wkv6.native import bi_wkv6_native
 from rwkv_core.ops.bi_wkv6.reference import bi_wkv6_reference
@@ -68,10 +68,9 @@ def _chunked(
 ) -> Tensor:
     """Choose between the adjoint and plain autograd, outside whatever is traced."""
     inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK)
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    if eager and torch.is_grad_enabled():
-        return BiWKV6Chunked.apply(*inputs)
-    return bi_wkv6_chunked(*inputs)
+    if is_traced(*inputs) or not torch.is_grad_enabled():
+        return bi_wkv6_chunked(*inputs)
+    return BiWKV6Chunked.apply(*inputs)
 
 
 TORCH_FORM = "chunked"  # what "auto" is where the native form cannot run

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import NativeError
+from rwkv_core.ops._common import learns
 from rwkv_core.ops.native.library import check, loaded
 
 CHUNK = 32
@@ -27,7 +28,7 @@ def wkv4_native(
     if v_BTD.shape[1] == 0:
         return v_BTD, state
     inputs = (w_D, u_D, k_BTD, v_BTD, *state)
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    train = learns(*inputs)
     y_BTD, num, den, top, _ = _forward(*inputs, train)
     return y_BTD, (num, den, top)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import NativeError
+from rwkv_core.ops._common import learns
 from rwkv_core.ops.native.library import check, loaded
 
 CHUNK = 32
@@ -30,7 +31,7 @@ def wkv6_native(
     if v_BTHV.shape[1] == 0:
         return v_BTHV, state_BHKV
     inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state_BHKV)
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    train = learns(*inputs)
     y_BTHV, state_BHKV, _ = _forward(*inputs, train)
     return y_BTHV, state_BHKV
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_core.errors import NativeError
-from rwkv_core.ops._common import is_traced
+from rwkv_core.ops._common import is_traced, learns
 from rwkv_core.ops.native.library import check, loaded
 
 CHUNK = 32
@@ -32,7 +32,7 @@ def wkv7_native(
     if v_BTHV.shape[1] == 0:
         return v_BTHV, state_BHKV
     inputs = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    train = learns(*inputs)
     if not train and not is_traced(*inputs):  # one token takes no longer than an operator's way in
         y_BTHV, state_BHKV, *_ = _run(*inputs, train)
     else:
