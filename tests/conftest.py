@@ -188,3 +188,30 @@ def _official(
         name: (0.5 * torch.randn(shape, generator=generator)).to(dtype)
         for name, shape in shapes.items()
     }
+
+
+@pytest.fixture(scope="module")
+def native_library() -> Iterator[None]:
+    """Build once, in the usual cache; where there is no compiler, there is nothing to test."""
+    from rwkv_core.ops.native import build, library
+
+    if build.compiler() is None and not build.is_whole(build.library_path()):
+        pytest.skip("no C++ compiler")
+    build.build()
+    library.forget()
+    yield
+    library.forget()
+
+
+@pytest.fixture(params=["scalar", "neon", "avx2", "avx512"])
+def isa(
+    native_library: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Run a test once for every instruction set this processor has."""
+    from rwkv_core.ops.native import library
+
+    loaded = library.loaded()
+    if request.param not in loaded.usable:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(library, "_found", library.Library(loaded.path, request.param))
+    return request.param

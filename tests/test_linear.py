@@ -1,7 +1,7 @@
 """The product of one token with a matrix: against float64, and who gets it and who F.linear."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,32 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from rwkv_core.mixers.base import Linear
 from rwkv_core.ops import linear as module
 from rwkv_core.ops.linear import linear
-from rwkv_core.ops.native import build, library
+from rwkv_core.ops.native import library
 from rwkv_core.testing import relative_error
+
+pytestmark = pytest.mark.usefixtures("native_library")
 
 SIZES = [(1, 2), (2, 1), (3, 5), (4, 16), (16, 4), (65, 33), (31, 129), (200, 1000), (97, 768)]
 DTYPES = [torch.float32, torch.bfloat16]
 Calls = list[tuple[int, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> Iterator[None]:
-    if build.compiler() is None and not build.is_whole(build.library_path()):
-        pytest.skip("no C++ compiler")
-    build.build()
-    library.forget()
-    yield
-    library.forget()
-
-
-@pytest.fixture(params=["scalar", "neon", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test once for every instruction set this processor has."""
-    loaded = library.loaded()
-    if request.param not in loaded.usable:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(library, "_found", library.Library(loaded.path, request.param))
-    return request.param
 
 
 @pytest.fixture

@@ -19,19 +19,10 @@ from rwkv_core.ops import WKV4State, bi_wkv, wkv4, wkv6, wkv7
 from rwkv_core.ops.native import build, library
 from rwkv_core.testing import check_op, relative_error
 
+pytestmark = pytest.mark.usefixtures("native_library")
+
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = {"output_bound": 2e-6, "gradient_bound": 2e-6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> Iterator[None]:
-    """Build once, in the usual cache; where there is no compiler, there is nothing to test."""
-    if build.compiler() is None and not build.is_whole(build.library_path()):
-        pytest.skip("no C++ compiler")
-    build.build()
-    library.forget()
-    yield
-    library.forget()
 
 
 @pytest.fixture
@@ -80,16 +71,6 @@ def native_bi(*x: Tensor) -> tuple[Tensor, ...]:
 
 def reference_bi(*x: Tensor) -> tuple[Tensor, ...]:
     return (bi_wkv(*x, impl="reference"),)
-
-
-@pytest.fixture(params=["scalar", "neon", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test once for every instruction set this processor has."""
-    loaded = library.loaded()
-    if request.param not in loaded.usable:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(library, "_found", library.Library(loaded.path, request.param))
-    return request.param
 
 
 # ---- numbers
