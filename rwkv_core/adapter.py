@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Adapter", "Arrays", "ExportSpec", "Run"]
+__all__ = ["Adapter", "Arrays", "ExportSpec", "Run", "Stream"]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -56,6 +56,23 @@ class Run(Protocol):
         """Return the state before the first token, for ``batch`` sequences."""
         ...
 
+    def stream(self, state: Arrays) -> Stream:
+        """Return a reader that starts from ``state`` and keeps its state to itself."""
+        ...
+
+
+class Stream(Protocol):
+    """A recurrent model that is being read: as :class:`Run`, with the state out of sight."""
+
+    @property
+    def state(self) -> Mapping[str, np.ndarray]:
+        """The state after the last call."""
+        ...
+
+    def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Read ``inputs`` and return the outputs of ``graph``, without its state."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec:
@@ -73,6 +90,8 @@ class ExportSpec:
             None repeats the example's values in random order.
         sizes: settings of the free dimensions to verify at; empty is the example's and twice that.
         tolerance: largest disagreement allowed, relative to the largest value.
+        optional: a graph that cannot be written is left out with a line in the log; one that
+            disagrees is still an error.
     """
 
     name: str
@@ -84,6 +103,7 @@ class ExportSpec:
     sample: Callable[[np.random.Generator, Mapping[str, int]], Arrays] | None = None
     sizes: tuple[Mapping[str, int], ...] = ()
     tolerance: float = 2e-5
+    optional: bool = False
 
 
 class Adapter(Protocol):

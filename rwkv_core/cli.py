@@ -163,6 +163,35 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
 
     sub = verb(
+        _verify,
+        "check an exported folder again, without PyTorch",
+        "example:\n  rwkv verify out/\n\n"
+        "Every file's hash, and the answers that PyTorch gave when the folder was written.",
+    )
+    sub.add_argument("path", type=Path, help="an exported folder")
+
+    sub = verb(
+        _run,
+        "run an exported folder on a prompt or on pictures",
+        "examples:\n  rwkv run out/ The weather\n  rwkv run digits/ scan.png photo.jpg\n\n"
+        "rwkv generate has the settings of sampling.",
+    )
+    sub.add_argument("path", type=Path, help="an exported folder")
+    sub.add_argument("inputs", nargs="*", help="a prompt, or files of pictures")
+    sub.add_argument("--max-tokens", type=int, default=200, help="of a text (200)")
+
+    sub = verb(
+        _bench,
+        "measure how fast an exported folder is here",
+        "example:\n  rwkv bench out/ --threads 1\n\n"
+        "Tokens or pictures a second, of the clock and of processor time; medians of 5 rounds.",
+    )
+    sub.add_argument("path", type=Path, help="an exported folder")
+    sub.add_argument("--tokens", type=int, default=64, help="decoded per round (64)")
+    sub.add_argument("--prompt", type=int, default=256, help="length of the prompt read (256)")
+    sub.add_argument("--threads", type=int, default=0, help="of onnxruntime (all but one)")
+
+    sub = verb(
         _convert,
         "write a language model in another format",
         "examples:\n"
@@ -342,6 +371,49 @@ def _export(args: argparse.Namespace) -> None:
     steps = [n for n in (1, 16, 256) if n < args.steps] + [args.steps]
     report = exporter.export(checkpoint.load(args.path), args.out, steps=steps)
     print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    runtime = importlib.import_module("rwkv_export.runtime").load(args.path)
+    reference = importlib.import_module("rwkv_export.reference")
+    parity = json.loads((args.path / "parity.json").read_text())
+    print(f"files       {len(runtime.graphs) + len(runtime.manifest.files)} as they were written")
+    for graph, row in reference.check(runtime).items():
+        print(
+            f"graph       {graph}: {row['calls']} calls, worst {row['worst']:.2g} of the largest "
+            f"value, allowed {row['bound']:.2g}"
+        )
+    made = parity["versions"]
+    print(f"written by  {', '.join(f'{name} {made[name]}' for name in made)}")
+    print(f"checked by  onnxruntime {importlib.import_module('onnxruntime').__version__}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    runtime = importlib.import_module("rwkv_export.runtime").load(args.path)
+    if hasattr(ADAPTERS[runtime.manifest.adapter], "generate"):
+        prompt = " ".join(args.inputs)
+        print(prompt, end="", flush=True)
+        for piece in runtime.generate(prompt, max_tokens=args.max_tokens, stream=True):
+            print(piece, end="", flush=True)
+        print()
+        return
+    if not args.inputs:
+        raise RWKVError(f"a model of the domain {runtime.manifest.adapter!r} needs inputs to read")
+    for path, prediction in zip(args.inputs, runtime.predict(args.inputs), strict=True):
+        label = getattr(prediction, "label", prediction)
+        sure = getattr(prediction, "confidence", None)
+        print(f"{path}  {label}" + (f"  {100 * sure:.1f} %" if sure is not None else ""))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    runtime = importlib.import_module("rwkv_export.runtime").load(args.path, threads=args.threads)
+    bench = importlib.import_module("rwkv_export.bench")
+    print(f"{'graph':<12} {'at once':>8} {'per second':>12} {'per CPU second':>15}")
+    for speed in bench.measure(runtime, tokens=args.tokens, prompt=args.prompt):
+        at_once = speed.tokens if speed.name != "step" else 1
+        print(
+            f"{speed.name:<12} {at_once:>8} {speed.per_second:>12.1f} {speed.per_cpu_second:>15.1f}"
+        )
 
 
 def _convert(args: argparse.Namespace) -> None:

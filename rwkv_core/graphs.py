@@ -35,13 +35,19 @@ class StepGraph(nn.Module):
 
 
 class SequenceGraph(StepGraph):
-    """Any number of tokens [B, T, ...] at once, outputs [B, T, ...] after each of them."""
+    """Any number of tokens [B, T, ...] at once, outputs [B, R, ...] after R of them."""
 
     def forward(self, inputs: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
-        """Run the trunk over the sequence."""
-        state = unpack(self.backbone.state_type, dict(zip(self.names, packed, strict=True)))
+        """Run the trunk over the sequence; first of ``packed`` is where outputs are wanted [R].
+
+        The head of a language model is as large as half of its trunk, and of a prompt only the last
+        output is of use.
+        """
+        positions_R, *rows = packed
+        state = unpack(self.backbone.state_type, dict(zip(self.names, rows, strict=True)))
         x_BTD, state = self.backbone(self.embed(inputs), state, _tokens(inputs))
-        return self.head(x_BTD), *pack(state).values()
+        x_BRD = x_BTD.index_select(1, positions_R)
+        return self.head(x_BRD), *pack(state).values()
 
 
 def recurrent_spec(
@@ -51,8 +57,14 @@ def recurrent_spec(
     inputs: Arrays,
     outputs: tuple[str, ...],
     sample: Callable[[np.random.Generator, Mapping[str, int]], Arrays],
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    sizes: tuple[Mapping[str, int], ...] = ({"batch": 1}, {"batch": 3}),
 ) -> ExportSpec:
-    """Return the specification of a graph with state, its batch free, verified at 1 and 3."""
+    """Return the specification of a graph with state.
+
+    ``dynamic`` and ``sizes`` are those of :class:`rwkv_core.adapter.ExportSpec`, for the inputs;
+    the state's batch is free. By default so is that of every input, verified at 1 and 3.
+    """
     weight = next(module.parameters())
     layers = module.backbone.init_state(1, device=weight.device, dtype=weight.dtype)
     state = {n: t.numpy(force=True) for n, t in pack(layers).items()}
@@ -62,9 +74,12 @@ def recurrent_spec(
         inputs=inputs,
         outputs=outputs,
         state=state,
-        dynamic={**{n: {0: "batch"} for n in inputs}, **{n: {1: "batch"} for n in state}},
+        dynamic={
+            **(dynamic or {n: {0: "batch"} for n in inputs}),
+            **{n: {1: "batch"} for n in state},
+        },
         sample=sample,
-        sizes=({"batch": 1}, {"batch": 3}),
+        sizes=sizes,
     )
 
 

@@ -48,6 +48,23 @@ class TorchRun:
         spec = self.graphs[graph]
         return expand_state(spec.state, spec.dynamic, batch)
 
+    def stream(self, state: Arrays) -> "TorchStream":
+        """Return a reader that starts from ``state`` and keeps its state to itself."""
+        return TorchStream(self, state)
+
+
+class TorchStream:
+    """A state that follows the calls, so that a host need not carry it: see ``Run.stream``."""
+
+    def __init__(self, run: TorchRun, state: Arrays) -> None:
+        self._run, self.state = run, dict(state)
+
+    def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Read ``inputs`` and return the outputs of ``graph``, without its state."""
+        out = self._run(graph, {**inputs, **self.state})
+        self.state = {name: out.pop(name) for name in self.state}
+        return out
+
 
 def expand_state(
     state: Arrays, dynamic: Mapping[str, Mapping[int, str]], batch: int

@@ -92,10 +92,10 @@ class TextAdapter:
         return host.generate(run, prompt, **settings)
 
     def exports(self, model: CausalLM) -> list[ExportSpec]:
-        """Return the recurrent step."""
-        from rwkv_text.model import step_spec
+        """Return the recurrent step, and the pass over a sequence that hands over its state."""
+        from rwkv_text.model import prefill_spec, step_spec
 
-        return [step_spec(model)]
+        return [step_spec(model), prefill_spec(model)]
 
     def metadata(self, model: CausalLM) -> dict[str, Any]:
         """Return tokenizer, vocabulary size and fingerprint."""

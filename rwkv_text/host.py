@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rwkv_core.adapter import Run
+from rwkv_core.adapter import Run, Stream
 from rwkv_text.sampling import Sampler
 from rwkv_text.tokenizer import BOUNDARY, StreamDecoder, tokenizer
 
-__all__ = ["feed", "generate", "stream_tokens"]
+__all__ = ["feed", "generate", "read", "stream_tokens"]
 
 State = dict[str, np.ndarray]
-PIECE = 256  # tokens of a prompt read at once: a vocabulary's worth of logits comes with each
+PIECE = 256  # tokens read at once
 
 
 def feed(run: Run, tokens: Sequence[int], state: State | None = None) -> tuple[np.ndarray, State]:
@@ -25,21 +25,29 @@ def feed(run: Run, tokens: Sequence[int], state: State | None = None) -> tuple[n
     Raises:
         ValueError: a token id outside the vocabulary.
     """
+    stream = run.stream(run.initial_state("step", batch=1) if state is None else state)
+    rows = [np.empty((0, run.metadata["vocab_size"]), np.float32)]
+    for at in range(0, len(tokens), PIECE):
+        piece = tokens[at : at + PIECE]
+        rows.append(read(run, stream, piece, range(len(piece))))
+    return np.concatenate(rows), dict(stream.state)
+
+
+def read(run: Run, stream: Stream, tokens: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+    """Read tokens, at once where the model can, and return the logits of some of them [R, V].
+
+    Raises:
+        ValueError: a token id outside the vocabulary.
+    """
     vocab_size = run.metadata["vocab_size"]
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
-    if state is None:
-        state = run.initial_state("step", batch=1)
-    if "prefill" in run.graphs:
-        out = run("prefill", {"tokens": np.array([tokens], np.int64), **state})
-        return out.pop("logits")[0], out
-    rows = [np.empty((0, vocab_size), np.float32)]
-    for token in tokens:
-        out = run("step", {"tokens": np.array([[token]], np.int64), **state})
-        rows.append(out.pop("logits"))
-        state = out
-    return np.concatenate(rows), state
+    if "prefill" in run.graphs and len(tokens) > 1:
+        inputs = {"tokens": np.array([tokens], np.int64), "positions": np.array(wanted, np.int64)}
+        return stream("prefill", inputs)["logits"][0]
+    rows = [stream("step", {"tokens": np.array([[t]], np.int64)})["logits"] for t in tokens]
+    return np.concatenate(rows)[np.array(wanted, np.int64)]
 
 
 def stream_tokens(
@@ -50,18 +58,16 @@ def stream_tokens(
     Ids outside ``known_V``, rows of the embedding that stand for nothing, are never drawn.
     """
     tokens, row = [BOUNDARY, *prompt], np.empty(0)
-    state = run.initial_state("step", batch=1)
+    stream = run.stream(run.initial_state("step", batch=1))
     for at in range(0, len(tokens), PIECE):
-        logits, state = feed(run, tokens[at : at + PIECE], state)
-        row = logits[-1]
+        piece = tokens[at : at + PIECE]
+        row = read(run, stream, piece, [len(piece) - 1])[0]
     for _ in range(max_tokens):
         token = sampler(np.where(known_V, row, -np.inf))
         if token == BOUNDARY:
             return
         yield token
-        out = run("step", {"tokens": np.array([[token]], np.int64), **state})
-        row = out.pop("logits")[0]
-        state = out
+        row = stream("step", {"tokens": np.array([[token]], np.int64)})["logits"][0]
 
 
 def generate(

@@ -122,22 +122,44 @@ class CausalLM(nn.Module):
 
 
 def step_spec(model: CausalLM) -> ExportSpec:
-    """Return the recurrent step as a graph to export: tokens [B, 1] to logits [B, V]."""
-    return _spec("step", StepGraph(model.emb, model.backbone, model.head), model)
+    """Return the recurrent step as a graph: tokens [B, 1] to logits [B, V]."""
 
-
-def prefill_spec(model: CausalLM) -> ExportSpec:
-    """Return the whole-sequence pass as a graph to run in torch: [B, T] to [B, T, V]."""
-    return _spec("prefill", SequenceGraph(model.emb, model.backbone, model.head), model)
-
-
-def _spec(name: str, module: StepGraph, model: CausalLM) -> ExportSpec:
     def sample(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         return {"tokens": rng.integers(model.config.vocab_size, size=(sizes["batch"], 1))}
 
-    tokens = np.zeros((1, 1), np.int64)
     return recurrent_spec(
-        name, module, inputs={"tokens": tokens}, outputs=("logits",), sample=sample
+        "step",
+        StepGraph(model.emb, model.backbone, model.head),
+        inputs={"tokens": np.zeros((1, 1), np.int64)},
+        outputs=("logits",),
+        sample=sample,
+    )
+
+
+def prefill_spec(model: CausalLM) -> ExportSpec:
+    """Return the pass over a sequence as a graph: tokens [B, T] to logits [B, R, V].
+
+    ``positions`` [R] are those whose logits are wanted, from 0 to T - 1.
+    """
+
+    def sample(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        shape = sizes["batch"], sizes["time"]
+        tokens = rng.integers(model.config.vocab_size, size=shape)
+        return {"tokens": tokens, "positions": np.arange(sizes["time"])[-sizes["rows"] :]}
+
+    return recurrent_spec(
+        "prefill",
+        SequenceGraph(model.emb, model.backbone, model.head),
+        inputs={"tokens": np.zeros((1, 5), np.int64), "positions": np.arange(3)},
+        outputs=("logits",),
+        sample=sample,
+        dynamic={"tokens": {0: "batch", 1: "time"}, "positions": {0: "rows"}},
+        sizes=(
+            {"batch": 1, "time": 64, "rows": 64},
+            {"batch": 1, "time": 1, "rows": 1},
+            {"batch": 3, "time": 7, "rows": 2},
+            {"batch": 2, "time": 100, "rows": 1},
+        ),
     )
 
 

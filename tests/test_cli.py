@@ -11,7 +11,10 @@ from rwkv_core import checkpoint
 from rwkv_core.cli import main
 from rwkv_text import TextConfig
 
-VERBS = ["list", "info", "train", "eval", "generate", "export", "convert", "demo", "doctor"]
+VERBS = [
+    "list", "info", "train", "eval", "generate", "export", "verify", "run", "bench", "convert",
+    "demo", "doctor",
+]  # fmt: skip
 TINY = [
     f"--set={a}"
     for a in (
@@ -162,7 +165,7 @@ def test_doctor_reports_versions_and_implementations(capsys):
 def test_a_full_disk_is_one_line(capsys, saved, tmp_path, monkeypatch):
     import rwkv_export._export as module
 
-    def full(*args):
+    def full(*args, **settings):
         raise OSError(28, "No space left on device", "step.onnx")
 
     monkeypatch.setattr(module, "write_onnx", full)

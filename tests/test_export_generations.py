@@ -15,15 +15,26 @@ DEPTH = 3
 NODES = {"rwkv4": 55, "rwkv5": 46, "rwkv6": 63}  # of one layer
 
 
-@pytest.mark.parametrize("mixer", list(NODES))
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(m, marks=[] if m == "rwkv6" else pytest.mark.slow) for m in NODES]
+)
 def test_a_step_of_every_generation_is_proven_and_runs_alone(mixer, tmp_path):
-    options = {"head_dim": 32} if "head_dim" in MIXERS[mixer].options() else {}
+    known = MIXERS[mixer].options()
+    options = {"head_dim": 32} if "head_dim" in known else {}
+    if "tuned_state" in known:
+        options["tuned_state"] = True
     config = TextConfig(dim=64, depth=DEPTH, mixer=mixer, mixer_options=options)
     model = checkpoint.build("text", config)
     perturb(model, 0.05)
     report = rwkv_export.export(model, tmp_path / "out", steps=(1, 16, 256))
     assert report.worst <= 2e-5
+    if "tuned_state" in known:
+        first = rwkv_export.load(tmp_path / "out").initial_state("prefill", 2)["wkv"]
+        expected = torch.stack([b.time_mix.time_state for b in model.backbone.blocks]).detach()
+        assert expected.any()
+        np.testing.assert_array_equal(first, expected.numpy()[:, None].repeat(2, 1))
     assert report.nodes["step"] / DEPTH <= NODES[mixer]
+    assert len(report.parity["graphs"]["prefill = step"]) == 7
     runtime = rwkv_export.load(tmp_path / "out")
     settings = {"max_tokens": 60, "temperature": 0.8, "top_p": 0.9, "seed": 5}
     assert runtime.generate("RW", **settings) == model.generate("RW", **settings)

@@ -2,29 +2,35 @@
 
 import copy
 import json
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 
+from rwkv_core import __version__
 from rwkv_core._files import atomic_folder
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.checkpoint import adapter_of, portable
 from rwkv_core.errors import ExportError
 from rwkv_core.run import TorchRun
+from rwkv_export import reference
 from rwkv_export.manifest import PARITY, GraphInfo, Manifest, TensorInfo, sha256
 from rwkv_export.onnx import OPSET, nodes_per_op, write_onnx
 from rwkv_export.runtime import Runtime
-from rwkv_export.verify import compare
+from rwkv_export.verify import HANDOVER, compare, compare_handover
+from rwkv_export.weights import WEIGHTS, WeightFile
 
 __all__ = ["STEPS", "Report", "export"]
+
+logger = logging.getLogger(__name__)
 
 STEPS = (1, 16, 256, 4096)
 
@@ -40,13 +46,18 @@ class Report:
     parity: dict[str, Any]
 
 
-def export(model: nn.Module, folder: str | Path, *, steps: Sequence[int] = STEPS) -> Report:
-    """Write ``model`` as ONNX graphs with manifest and parity report.
+def export(
+    model: nn.Module, folder: str | Path, *, steps: Sequence[int] = STEPS, lane: str = "scan"
+) -> Report:
+    """Write ``model`` as ONNX graphs with manifest, parity report and reference.
 
     Args:
         model: made by a registered domain.
         folder: where; must not exist. It appears only if every graph agrees with PyTorch.
         steps: after how many recurrent steps outputs and states are compared.
+        lane: what the recurrences of sequences are made of: ``"scan"``, standard operators alone;
+            ``"linear_attention"``, the operator of onnxruntime ≥ 1.25.1 with a fallback in the same
+            file.
 
     Raises:
         ExportError: an operation without translation, a mixer that does not export, a disagreement
@@ -67,50 +78,106 @@ def export(model: nn.Module, folder: str | Path, *, steps: Sequence[int] = STEPS
     try:
         specs = adapter.exports(model)
         metadata = adapter.metadata(model)
+        run = TorchRun(model, specs, metadata)
         with atomic_folder(folder) as temporary:
-            graphs, nodes = {}, {}
-            for spec in specs:
-                path = temporary / f"{spec.name}.onnx"
-                proto = write_onnx(spec, path)
-                nodes[spec.name] = sum(nodes_per_op(proto).values())
-                graphs[spec.name] = _describe(spec, path, proto)
-            files = {}
+            made = _Made(temporary, name, metadata, shared=len(specs) > 1)
             for file, content in portable(model)[1].items():
-                (temporary / file).write_bytes(content)
-                files[file] = sha256(temporary / file)
-            Manifest(adapter=name, graphs=graphs, metadata=metadata, files=files).write(temporary)
-            torch_run = TorchRun(model, specs, metadata)
-            runtime = Runtime(temporary)
-            rows = {s.name: compare(s, torch_run, runtime, steps=steps) for s in specs}
-            worst = max(max(r["errors"].values()) for rs in rows.values() for r in rs)
-            parity = {
-                "reference": f"PyTorch {torch.__version__}",
-                "runtime": f"onnxruntime {onnxruntime.__version__}",
-                "onnx": onnx.__version__,
-                "machine": platform.machine(),
-                "measure": "largest absolute difference / largest absolute output, or own value",
-                "bound": {s.name: s.tolerance for s in specs},
-                "worst": worst,
-                "graphs": rows,
-            }
+                made.add_file(file, content)
+            for spec in specs:
+                if made.add_graph(spec, lane):
+                    # at once, so that what is wrong ends before the next graph is traced
+                    made.rows[spec.name] = compare(spec, run, made.runtime(), steps=steps)
+                    made.recorded |= reference.record(spec, run)
+            if {"step", "prefill"} <= made.graphs.keys():
+                pair = (run.graphs["step"], run.graphs["prefill"])
+                made.rows["prefill = step"] = compare_handover(*pair, made.runtime())
+            bounds = {s.name: s.tolerance for s in specs if s.name in made.graphs}
+            made.add_file(reference.REFERENCE, reference.encode(made.recorded, bounds))
+            made.runtime()
+            parity = {**certificate(), "bound": {**bounds, "prefill = step": HANDOVER}}
+            worst = max(max(r["errors"].values()) for rows in made.rows.values() for r in rows)
+            parity |= {"worst": worst, "graphs": made.rows}
             (temporary / PARITY).write_text(json.dumps(parity, indent=2) + "\n")
             size = sum(f.stat().st_size for f in temporary.iterdir())
     finally:
         model.train(was_training)
-    return Report(folder, worst, size, nodes, parity)
+    return Report(folder, worst, size, made.nodes, parity)
 
 
-def _describe(spec: ExportSpec, path: Path, proto: onnx.ModelProto) -> GraphInfo:
-    def info(name: str, array: np.ndarray, initial: float | None = None) -> TensorInfo:
+def certificate() -> dict[str, Any]:
+    """Return what a parity report says about its making: versions, machine, measure."""
+    packages = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
+    return {
+        "reference": f"PyTorch {torch.__version__}",
+        "runtime": f"onnxruntime {version('onnxruntime')}",
+        "versions": {
+            "rwkv-toolkit": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "machine": f"{platform.system()} {platform.machine()}",
+        "measure": "largest absolute difference / largest absolute output, or own value",
+    }
+
+
+class _Made:
+    """A folder that is being filled: its graphs, its other files, and what was found about them."""
+
+    def __init__(
+        self, folder: Path, adapter: str, metadata: Mapping[str, Any], *, shared: bool
+    ) -> None:
+        self.folder, self.adapter, self.metadata = folder, adapter, metadata
+        self.weights = WeightFile(folder / WEIGHTS) if shared else None
+        self.graphs: dict[str, GraphInfo] = {}
+        self.files: dict[str, str] = {}
+        self.nodes: dict[str, int] = {}
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.recorded: dict[str, np.ndarray] = {}
+
+    def add_graph(self, spec: ExportSpec, lane: str) -> bool:
+        """Write a graph and describe it; False if it is optional and cannot be written."""
+        path = self.folder / f"{spec.name}.onnx"
+        try:
+            proto = write_onnx(spec, path, weights=self.weights, lane=lane)
+        except ExportError as error:
+            if not spec.optional:
+                raise
+            logger.warning("left out: %s", error)
+            return False
+        self.nodes[spec.name] = sum(nodes_per_op(proto).values())
+        starts = {}
+        for name, array in spec.state.items():
+            if array.size and (array != array.flat[0]).any():
+                starts[name] = f"{name}.initial.bin"
+                content = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"))
+                self.add_file(starts[name], content.tobytes())
+        self.graphs[spec.name] = _describe(spec, path, proto, starts)
+        return True
+
+    def add_file(self, name: str, content: bytes | None = None) -> None:
+        """Note a file of the folder, after writing it if its content is given."""
+        if content is not None:
+            (self.folder / name).write_bytes(content)
+        self.files[name] = sha256(self.folder / name)
+
+    def runtime(self) -> Runtime:
+        """Write the manifest of what there is so far and open it."""
+        if (self.folder / WEIGHTS).exists():
+            self.add_file(WEIGHTS)
+        Manifest(
+            adapter=self.adapter, graphs=self.graphs, metadata=self.metadata, files=self.files
+        ).write(self.folder)
+        return Runtime(self.folder)
+
+
+def _describe(
+    spec: ExportSpec, path: Path, proto: onnx.ModelProto, starts: Mapping[str, str]
+) -> GraphInfo:
+    def info(name: str, array: np.ndarray, initial: float | str | None = None) -> TensorInfo:
         free = spec.dynamic.get(name, {})
         shape = tuple(free.get(axis, size) for axis, size in enumerate(array.shape))
         return TensorInfo(name=name, dtype=array.dtype.name, shape=shape, initial=initial)
 
-    state = []
-    for name, array in spec.state.items():
-        if array.size and (array != array.flat[0]).any():
-            raise ExportError(f"the initial state {name!r} is not one constant")
-        state.append(info(name, array, float(array.flat[0])))
     (opset,) = (o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     assert opset == OPSET
     return GraphInfo(
@@ -119,5 +186,8 @@ def _describe(spec: ExportSpec, path: Path, proto: onnx.ModelProto) -> GraphInfo
         opset=opset,
         inputs=tuple(info(name, array) for name, array in spec.inputs.items()),
         outputs=spec.outputs,
-        state=tuple(state),
+        state=tuple(
+            info(name, array, starts.get(name, float(array.flat[0]) if array.size else 0.0))
+            for name, array in spec.state.items()
+        ),
     )

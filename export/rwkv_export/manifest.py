@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,14 @@ FORMAT = 1
 class TensorInfo:
     """A named tensor: numpy dtype, shape with names for free dimensions, and for a state its start.
 
-    ``initial`` is the value every element of a state has before the first token.
+    ``initial`` is the value every element of a state has before the first token, or the name of a
+    file that holds all of them for one sequence (little-endian, in the order of the shape).
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    initial: float | None = None
+    initial: float | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,28 @@ class GraphInfo:
     outputs: tuple[str, ...]
     state: tuple[TensorInfo, ...]
 
-    def initial_state(self, batch: int) -> dict[str, np.ndarray]:
-        """Return the state before the first token, for ``batch`` sequences."""
+    def initial_state(self, batch: int, folder: Path) -> dict[str, np.ndarray]:
+        """Return the state before the first token, for ``batch`` sequences.
+
+        Raises:
+            ExportError: a file of initial values has another size than the state.
+        """
         state = {}
         for t in self.state:
+            dtype = np.dtype(t.dtype)
             shape = [batch if isinstance(size, str) else size for size in t.shape]
-            state[t.name] = np.full(shape, t.initial, np.dtype(t.dtype))
+            if not isinstance(t.initial, str):
+                state[t.name] = np.full(shape, t.initial, dtype)
+                continue
+            one = [1 if isinstance(size, str) else size for size in t.shape]
+            values = np.fromfile(folder / t.initial, dtype.newbyteorder("<"))
+            if values.size != math.prod(one):
+                raise ExportError(
+                    f"{folder / t.initial} holds {values.size} values, the state {t.name!r} has "
+                    f"{math.prod(one)}"
+                )
+            values = values.reshape(one).astype(dtype)
+            state[t.name] = np.broadcast_to(values, shape).copy()
         return state
 
 

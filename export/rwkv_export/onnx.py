@@ -1,5 +1,6 @@
 """One torch graph to one ONNX file: exported, stripped of the machine it was made on, checked."""
 
+import hashlib
 import io
 import logging
 import warnings
@@ -9,27 +10,63 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
+from torch import nn
 
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError
+from rwkv_export.recurrences import functions
+from rwkv_export.traced import as_nodes
+from rwkv_export.weights import WEIGHTS, WeightFile
 
-__all__ = ["nodes_per_op", "write_onnx"]
+__all__ = ["OPSET", "nodes_per_op", "write_onnx"]
 
 OPSET = 20  # loads in every onnxruntime since 1.18
 EXTERNAL_DATA_FROM = 1 << 30  # bytes; protobuf ends at 2 GiB
 
 
-def write_onnx(spec: ExportSpec, path: Path) -> onnx.ModelProto:
+def write_onnx(
+    spec: ExportSpec, path: Path, *, weights: WeightFile | None = None, lane: str = "scan"
+) -> onnx.ModelProto:
     """Trace ``spec.module`` and write it to ``path``; return the model without external data.
 
     State comes in under its name and goes out as ``<name>_out``, after every other output: the last
     nodes of the graph write it, so a host may bind both to one buffer.
 
+    Args:
+        spec: the graph.
+        path: the file.
+        weights: takes the weights; None leaves them in the graph's file as long as they fit.
+        lane: what the recurrences of a sequence are made of, as in ``recurrences.py``.
+
     Raises:
         ExportError: an operation without translation, or a dimension that was promised free and
             came out fixed.
     """
+    program, traced = _trace(spec)
+    model = program.model
+    _name_weights(model, spec.module)
+    n_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    if weights is None and n_bytes >= EXTERNAL_DATA_FROM:
+        weights = WeightFile(path.with_name(WEIGHTS))
+    if weights is not None:
+        weights.take(model)
+    proto = ir.to_proto(model)
+    for op, (heads, size) in traced.items():
+        proto.functions.extend(functions(op, lane, heads=heads, size=size, opset=OPSET))
+    for domain in sorted({f.domain for f in proto.functions}):
+        if domain not in {o.domain for o in proto.opset_import}:
+            proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+    _strip(proto)
+    _check_dynamic(proto, spec)
+    onnx.save(proto, path)
+    onnx.checker.check_model(path)
+    return proto
+
+
+def _trace(spec: ExportSpec) -> tuple[torch.onnx.ONNXProgram, dict[str, tuple[int, int]]]:
+    """Return the traced program and what recurrences are nodes of it."""
     inputs = {**spec.inputs, **spec.state}
     tensors = tuple(
         torch.from_numpy(_not_one(array, spec.dynamic.get(name, {})))
@@ -52,7 +89,12 @@ def write_onnx(spec: ExportSpec, path: Path) -> onnx.ModelProto:
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            torch.no_grad(),
+            as_nodes(spec.module) as traced,
+        ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
@@ -70,16 +112,33 @@ def write_onnx(spec: ExportSpec, path: Path) -> onnx.ModelProto:
     finally:
         exporter_log.setLevel(level)
     assert program is not None
-    model = program.model_proto
-    _strip(model)
-    _check_dynamic(model, spec)
-    size = model.ByteSize()
-    options = {}
-    if size >= EXTERNAL_DATA_FROM:
-        options = {"save_as_external_data": True, "location": f"{path.name}.data"}
-    onnx.save(model, path, **options)  # type: ignore[arg-type]
-    onnx.checker.check_model(path)
-    return model
+    return program, traced
+
+
+def _name_weights(model: ir.Model, module: nn.Module) -> None:
+    """Give the weights the names that the module has for them.
+
+    The exporter transposes the weights of linear maps into constants of its own.
+    """
+    transposed = {
+        hashlib.sha256(p.detach().mT.contiguous().numpy().tobytes()).digest(): name
+        for name, p in module.named_parameters()
+        if p.ndim == 2 and p.is_cpu
+    }
+    taken = set(model.graph.initializers)
+    for value in list(model.graph.initializers.values()):
+        tensor, name = value.const_value, str(value.name)
+        if tensor is None or len(tensor.shape) != 2:
+            continue
+        if not name.startswith("module."):
+            name = transposed.get(hashlib.sha256(tensor.numpy().tobytes()).digest(), name)
+        name = name.removeprefix("module.")
+        if name != value.name and name not in taken:
+            taken.add(name)
+            model.graph.initializers.pop(str(value.name))
+            value.name = name
+            tensor.name = name
+            model.graph.register_initializer(value)
 
 
 def _not_one(array: np.ndarray, axes: Iterable[int]) -> np.ndarray:

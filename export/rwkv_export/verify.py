@@ -1,4 +1,4 @@
-"""The proof: the exported graph against PyTorch, outputs and states, over many steps."""
+"""The proof: the exported graphs against PyTorch and against each other, outputs and states."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,9 @@ import numpy as np
 from rwkv_core.adapter import Arrays, ExportSpec, Run
 from rwkv_core.errors import ExportError
 
-__all__ = ["compare"]
+__all__ = ["HANDOVER", "compare", "compare_handover", "relative_error"]
+
+HANDOVER = 5e-5  # how far a sequence read at once may be from the same read token by token
 
 
 def compare(
@@ -16,7 +18,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Feed both the same inputs and return one row per size and checkpoint.
 
-    A recurrent graph runs ``max(steps)`` steps, each side carrying its own state, and is compared
+    A recurrent graph reads ``max(steps)`` tokens, each side carrying its own state, and is compared
     after each number in ``steps``. Errors are the largest absolute difference over the largest
     absolute output value; a state whose values are larger than any output (it sums over thousands
     of tokens) is measured by its own, because fp32 has no more digits to offer.
@@ -33,27 +35,96 @@ def compare(
             until = 1
         state_e = expected.initial_state(spec.name, sizes.get("batch", 1))
         state_a = actual.initial_state(spec.name, sizes.get("batch", 1))
-        scale = 0.0
-        for step in range(1, until + 1):
-            inputs = _draw(spec, rng, sizes)
+        scale, n, at_once = 0.0, 0, sizes.get("time", 1) if spec.state else 1
+        while n < until:
+            n += at_once
+            inputs = draw(spec, rng, sizes)
             out_e = expected(spec.name, {**inputs, **state_e})
             out_a = actual(spec.name, {**inputs, **state_a})
             scale = max(scale, *(float(np.abs(out_e[n]).max()) for n in spec.outputs))
-            if step in steps or step == until:
-                errors = {n: _error(out_e[n], out_a[n], scale) for n in out_e}
-                rows.append({**sizes, "step": step, "errors": errors})
+            if n >= until or any(n - at_once < step <= n for step in steps):
+                errors = {n: relative_error(out_e[n], out_a[n], scale) for n in out_e}
+                rows.append({**sizes, "step": n, "errors": errors})
                 _refuse_drift(spec, rows[-1])
             state_e = {n: out_e[n] for n in spec.state}
             state_a = {n: out_a[n] for n in spec.state}
     return rows
 
 
-def _error(expected: np.ndarray, actual: np.ndarray, scale: float) -> float:
+def compare_handover(step: ExportSpec, prefill: ExportSpec, run: Run) -> list[dict[str, Any]]:
+    """Read sequences at once, in random pieces, and token by token; return one row per sequence.
+
+    Raises:
+        ExportError: outputs or states differ by more than ``HANDOVER`` of the largest value.
+    """
+    rng, rows = np.random.default_rng(0), []
+    splits = [[1], [7], [64], [100], *([*map(int, _pieces(rng, 96, 6))] for _ in range(3))]
+    for pieces in splits:
+        T, batch = sum(pieces), 2
+        inputs = draw(prefill, rng, {"batch": batch, "time": T, "rows": T})
+        state, outputs, begin = run.initial_state("prefill", batch), [], 0
+        for size in pieces:
+            piece = _cut(prefill, inputs, begin, begin + size)
+            state = run("prefill", {**piece, "positions": np.arange(size), **state})
+            outputs.append({n: state.pop(n) for n in prefill.outputs})
+            begin += size
+        expected, steps = run.initial_state("step", batch), []
+        for t in range(T):
+            piece = _cut(prefill, inputs, t, t + 1)
+            expected = run("step", {**{n: piece[n] for n in step.inputs}, **expected})
+            steps.append({n: expected.pop(n) for n in step.outputs})
+        errors = {}
+        for n in step.outputs:
+            found = np.concatenate([o[n] for o in outputs], 1)
+            wanted = np.stack([o[n] for o in steps], 1)
+            errors[n] = relative_error(wanted, found, 0.0)
+        scale = max(float(np.abs(o[n]).max()) for o in steps for n in step.outputs)
+        errors |= {n: relative_error(expected[n], state[n], scale) for n in step.state}
+        rows.append({"pieces": pieces, "errors": errors})
+        worst = max(errors, key=lambda n: (np.isnan(errors[n]), errors[n]))
+        if not errors[worst] <= HANDOVER:
+            raise ExportError(
+                f"the graphs 'prefill' and 'step' disagree: {worst!r} differs by "
+                f"{errors[worst]:.3g} of the largest value after {T} tokens in pieces of {pieces}, "
+                f"allowed is {HANDOVER:.3g}; nothing was written"
+            )
+    return rows
+
+
+def relative_error(expected: np.ndarray, actual: np.ndarray, scale: float) -> float:
+    """Return the largest difference over ``scale`` or the largest expected value, if larger."""
     if expected.shape != actual.shape:
         return float("inf")
     difference = np.abs(expected.astype(np.float64) - actual).max(initial=0.0)
     scale = max(scale, float(np.abs(expected).max(initial=0.0)))
     return float(difference / scale) if scale else float(difference)
+
+
+def draw(spec: ExportSpec, rng: np.random.Generator, sizes: Mapping[str, int]) -> Arrays:
+    """Return random inputs of a graph, for these sizes of its free dimensions."""
+    if spec.sample is not None:
+        return spec.sample(rng, sizes)
+    drawn = {}
+    for name, example in spec.inputs.items():
+        shape = list(example.shape)
+        for axis, dim in spec.dynamic.get(name, {}).items():
+            shape[axis] = sizes[dim]
+        drawn[name] = rng.choice(example.ravel(), size=shape)
+    return drawn
+
+
+def _pieces(rng: np.random.Generator, total: int, n: int) -> np.ndarray:
+    cuts = np.sort(rng.choice(np.arange(1, total), n - 1, replace=False))
+    return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+def _cut(spec: ExportSpec, inputs: Arrays, begin: int, end: int) -> dict[str, np.ndarray]:
+    """Return the inputs from token ``begin`` to ``end``."""
+    cut = {}
+    for name, array in inputs.items():
+        axes = [axis for axis, dim in spec.dynamic.get(name, {}).items() if dim == "time"]
+        cut[name] = array.take(range(begin, end), axes[0]) if axes else array
+    return cut
 
 
 def _refuse_drift(spec: ExportSpec, row: Mapping[str, Any]) -> None:
@@ -74,15 +145,3 @@ def _default_sizes(spec: ExportSpec) -> list[dict[str, int]]:
         for axis, dim in axes.items()
     }
     return [sizes, {dim: 2 * size for dim, size in sizes.items()}] if sizes else [sizes]
-
-
-def _draw(spec: ExportSpec, rng: np.random.Generator, sizes: Mapping[str, int]) -> Arrays:
-    if spec.sample is not None:
-        return spec.sample(rng, sizes)
-    drawn = {}
-    for name, example in spec.inputs.items():
-        shape = list(example.shape)
-        for axis, dim in spec.dynamic.get(name, {}).items():
-            shape[axis] = sizes[dim]
-        drawn[name] = rng.choice(example.ravel(), size=shape)
-    return drawn
