@@ -25,6 +25,7 @@ import torch
 from rwkv_core.errors import NativeError
 from rwkv_core.ops.native.build import build
 from rwkv_core.ops.native.library import loaded
+from rwkv_core.train.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx_vnni", "amx_bf16", "asimd", "sve")
@@ -244,7 +245,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def prepare() -> None:
-    """Keep torch and what is loaded later to one thread; compile our native ops if possible."""
+    """Prepare this process for a race, the same for all contestants.
+
+    One thread for torch and what is loaded later; freed memory is kept, as when training; our
+    native ops are compiled if possible.
+    """
+    keep_freed_memory()
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     torch.set_num_threads(1)

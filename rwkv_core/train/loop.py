@@ -24,6 +24,7 @@ from rwkv_core._files import atomic_file
 from rwkv_core.errors import CheckpointError, ConfigError, RWKVError, TrainingError
 from rwkv_core.registry import ADAPTERS
 from rwkv_core.train.config import TrainConfig
+from rwkv_core.train.memory import keep_freed_memory
 from rwkv_core.train.optim import optimizer
 from rwkv_core.train.schedule import official_schedule
 from rwkv_core.train.sinks import Console, JsonlSink, plot_losses
@@ -69,6 +70,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
         )
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    keep_freed_memory()
 
     adapter = ADAPTERS[config.adapter]
     if resume:
