@@ -35,6 +35,7 @@ from rwkv_core.mixers.base import (
     check_heads,
     lora_rank,
 )  # fmt: skip
+from rwkv_core.mixers.rwkv7_token import channel_mix_token, time_mix_token
 from rwkv_core.ops._common import WKVOutput
 from rwkv_core.ops.rwkv7_layer import finish7, gates7
 from rwkv_core.ops.squared_relu import squared_relu
@@ -185,6 +186,14 @@ class TimeMix7(Mixer):
         self, x_BTD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
+        if x_BTD.shape[:2] == (1, 1) and type(self) is TimeMix7:
+            found = time_mix_token(self, x_BTD, state, shared.v_first)
+            if found:
+                y_BTD, wkv_BHKV, value = found
+                state = state._replace(att_shift_BD=x_BTD[:, -1], wkv_BHKV=wkv_BHKV)
+                if shared.v_first is None:
+                    shared = shared._replace(v_first=value)
+                return y_BTD, state, shared
         mixed, last_BD = token_mix(x_BTD, state.att_shift_BD, self.shift_mix())
         p, shared = self.project(mixed, shared)
         y_BTHV, wkv_BHKV = self.recurrence(p, state.wkv_BHKV)
@@ -280,6 +289,10 @@ class ChannelMix7(Mixer):
         self, x_BTD: Tensor, state: MatrixState, shared: Shared
     ) -> tuple[Tensor, MatrixState, Shared]:
         """Mix a sequence [B, T, D], T ≥ 0."""
+        if x_BTD.shape[:2] == (1, 1) and type(self) is ChannelMix7:
+            y_BTD = channel_mix_token(self, x_BTD, state.ffn_shift_BD)
+            if y_BTD is not None:
+                return y_BTD, state._replace(ffn_shift_BD=x_BTD[:, -1]), shared
         (x_k,), last_BD = token_mix(x_BTD, state.ffn_shift_BD, self.x_k[None])
         return self.expand(x_k), state._replace(ffn_shift_BD=last_BD), shared
 

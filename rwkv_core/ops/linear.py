@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _form(x: Tensor, weight: Tensor) -> int | None:
     """Return how the native form reads the weight, or None if it does not take these tensors."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if x.numel() != columns or x.shape[-1] != columns:
         return None
     dtype = FORMATS.get(x.dtype)
@@ -58,18 +58,27 @@ def _form(x: Tensor, weight: Tensor) -> int | None:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return None
-    if type(weight) not in (Parameter, Tensor) or not available() or _is_watched():
+    if type(weight) not in (Parameter, Tensor) or not available() or is_watched():
         return None
+    order = memory_order(weight)
+    return None if order is None else order + dtype
+
+
+def memory_order(weight: Tensor) -> int | None:
+    """Return BY_ROWS or BY_COLUMNS of a matrix, or None if it lies in memory in another way."""
+    rows, columns = weight.shape
     strides = weight.stride()
     if strides == (columns, 1):
-        return BY_ROWS + dtype
-    return BY_COLUMNS + dtype if strides == (1, rows) else None
+        return BY_ROWS
+    return BY_COLUMNS if strides == (1, rows) else None
 
 
-def _is_watched() -> bool:
-    """Tell whether a mode of torch would have to see the operation or to change it."""
+def is_watched() -> bool:
+    """Tell whether a mode of torch would have to see an operation or to change it."""
     return bool(
-        torch.is_autocast_enabled("cpu")
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

@@ -4,6 +4,7 @@
 #include "bi_wkv.h"
 #include "gemv.h"
 #include "rwkv7_layer.h"
+#include "token7.h"
 #include "token_mix.h"
 #include "wkv4.h"
 #include "wkv6.h"
