@@ -15,6 +15,7 @@ __all__ = ["feed", "generate", "read", "stream_tokens"]
 
 State = dict[str, np.ndarray]
 PIECE = 256  # tokens read at once
+CHUNK = 16  # tokens that the graph "chunk" reads
 
 
 def feed(run: Run, tokens: Sequence[int], state: State | None = None) -> tuple[np.ndarray, State]:
@@ -46,8 +47,26 @@ def read(run: Run, stream: Stream, tokens: Sequence[int], wanted: Sequence[int])
     if "prefill" in run.graphs and len(tokens) > 1:
         inputs = {"tokens": np.array([tokens], np.int64), "positions": np.array(wanted, np.int64)}
         return stream("prefill", inputs)["logits"][0]
+    if "chunk" in run.graphs:
+        return _read_chunks(stream, tokens, wanted)
     rows = [stream("step", {"tokens": np.array([[t]], np.int64)})["logits"] for t in tokens]
     return np.concatenate(rows)[np.array(wanted, np.int64)]
+
+
+def _read_chunks(stream: Stream, tokens: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+    """Read whole chunks at once, and by steps what is left or has logits wanted inside."""
+    rows, last = {}, np.array([CHUNK - 1])
+    at = 0
+    while at < len(tokens):
+        piece = range(at, at + CHUNK)
+        if at + CHUNK <= len(tokens) and not any(w in piece for w in wanted if w != piece[-1]):
+            inputs = {"tokens": np.array([tokens[at : at + CHUNK]], np.int64), "positions": last}
+            rows[piece[-1]] = stream("chunk", inputs)["logits"][0, 0]
+            at += CHUNK
+        else:
+            rows[at] = stream("step", {"tokens": np.array([[tokens[at]]], np.int64)})["logits"][0]
+            at += 1
+    return np.stack([rows[w] for w in wanted])
 
 
 def stream_tokens(

@@ -1,6 +1,7 @@
 """Every generation as an exported step: proven, small, and right for models nobody here made."""
 
 import numpy as np
+import onnx
 import pytest
 import rwkv_export
 import torch
@@ -38,6 +39,31 @@ def test_a_step_of_every_generation_is_proven_and_runs_alone(mixer, tmp_path):
     runtime = rwkv_export.load(tmp_path / "out")
     settings = {"max_tokens": 60, "temperature": 0.8, "top_p": 0.9, "seed": 5}
     assert runtime.generate("RW", **settings) == model.generate("RW", **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", ["linear_attention", "chunk"])
+@pytest.mark.parametrize("mixer", ["rwkv5", "rwkv6", "rwkv7"])
+def test_every_lane_is_proven_and_writes_the_same_text(mixer, lane, tmp_path):
+    config = TextConfig(dim=64, depth=2, mixer=mixer, mixer_options={"head_dim": 32})
+    model = checkpoint.build("text", config)
+    perturb(model, 0.05)
+    report = rwkv_export.export(model, tmp_path / "out", steps=(1, 16, 256), lane=lane)
+    assert report.worst <= 2e-5
+    graph = onnx.load(tmp_path / "out" / f"{'chunk' if lane == 'chunk' else 'prefill'}.onnx")
+    ops = {node.op_type for body in (graph.graph, *graph.functions) for node in body.node}
+    if lane == "chunk":
+        assert not ops & {"Scan", "Loop", "Shape", "CumSum", "Einsum"}
+        assert all(d.dim_value for i in graph.graph.input for d in i.type.tensor_type.shape.dim)
+    else:
+        assert "LinearAttention" in ops
+    prompt = "A prompt of forty-one bytes, or so it is."
+    settings = {"max_tokens": 64, "temperature": 0.0}
+    runtime = rwkv_export.load(tmp_path / "out")
+    assert runtime.generate(prompt, **settings) == model.generate(prompt, **settings)
+    tokens = list(prompt.encode())
+    ours = model(torch.tensor([tokens])).logits_BTV[0].detach()
+    np.testing.assert_allclose(feed(runtime, tokens)[0], ours, rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """From a model to a folder: write the graphs, prove them, and only then let the folder appear."""
 
 import copy
+import dataclasses
 import json
 import logging
 import platform
@@ -24,6 +25,7 @@ from rwkv_core.run import TorchRun
 from rwkv_export import reference
 from rwkv_export.manifest import PARITY, GraphInfo, Manifest, TensorInfo, sha256
 from rwkv_export.onnx import OPSET, nodes_per_op, write_onnx
+from rwkv_export.recurrences import CHUNK
 from rwkv_export.runtime import Runtime
 from rwkv_export.verify import HANDOVER, compare, compare_handover
 from rwkv_export.weights import WEIGHTS, WeightFile
@@ -57,7 +59,8 @@ def export(
         steps: after how many recurrent steps outputs and states are compared.
         lane: what the recurrences of sequences are made of: ``"scan"``, standard operators alone;
             ``"linear_attention"``, the operator of onnxruntime ≥ 1.25.1 with a fallback in the same
-            file.
+            file; ``"chunk"``, a graph ``chunk`` in place of ``prefill``, which reads exactly 16
+            tokens of one sequence and has neither ``Scan`` nor free dimensions.
 
     Raises:
         ExportError: an operation without translation, a mixer that does not export, a disagreement
@@ -77,6 +80,8 @@ def export(
     model.eval()
     try:
         specs = adapter.exports(model)
+        if lane == "chunk":
+            specs = [_chunk(s) if s.name == "prefill" else s for s in specs]
         metadata = adapter.metadata(model)
         run = TorchRun(model, specs, metadata)
         with atomic_folder(folder) as temporary:
@@ -88,13 +93,14 @@ def export(
                     # at once, so that what is wrong ends before the next graph is traced
                     made.rows[spec.name] = compare(spec, run, made.runtime(), steps=steps)
                     made.recorded |= reference.record(spec, run)
-            if {"step", "prefill"} <= made.graphs.keys():
-                pair = (run.graphs["step"], run.graphs["prefill"])
-                made.rows["prefill = step"] = compare_handover(*pair, made.runtime())
+            for at_once in {"prefill", "chunk"} & made.graphs.keys():
+                pair = (run.graphs["step"], run.graphs[at_once])
+                made.rows[f"{at_once} = step"] = compare_handover(*pair, made.runtime())
             bounds = {s.name: s.tolerance for s in specs if s.name in made.graphs}
             made.add_file(reference.REFERENCE, reference.encode(made.recorded, bounds))
             made.runtime()
-            parity = {**certificate(), "bound": {**bounds, "prefill = step": HANDOVER}}
+            between = {name: HANDOVER for name in made.rows if name not in bounds}
+            parity = {**certificate(), "bound": {**bounds, **between}}
             worst = max(max(r["errors"].values()) for rows in made.rows.values() for r in rows)
             parity |= {"worst": worst, "graphs": made.rows}
             (temporary / PARITY).write_text(json.dumps(parity, indent=2) + "\n")
@@ -102,6 +108,17 @@ def export(
     finally:
         model.train(was_training)
     return Report(folder, worst, size, made.nodes, parity)
+
+
+def _chunk(spec: ExportSpec) -> ExportSpec:
+    """Return the graph over a sequence as one over exactly ``CHUNK`` tokens of one sequence."""
+    sizes = {"batch": 1, "time": CHUNK, "rows": 1}
+    inputs = {}
+    for name, array in spec.inputs.items():
+        axes = {axis: sizes[dim] for axis, dim in spec.dynamic.get(name, {}).items()}
+        shape = [axes.get(axis, size) for axis, size in enumerate(array.shape)]
+        inputs[name] = np.zeros(shape, array.dtype)
+    return dataclasses.replace(spec, name="chunk", inputs=inputs, dynamic={}, sizes=(sizes,))
 
 
 def certificate() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError
+from rwkv_export.clean import strip
 from rwkv_export.recurrences import functions
 from rwkv_export.traced import as_nodes
 from rwkv_export.weights import WEIGHTS, WeightFile
@@ -58,7 +59,7 @@ def write_onnx(
     for domain in sorted({f.domain for f in proto.functions}):
         if domain not in {o.domain for o in proto.opset_import}:
             proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))
-    _strip(proto)
+    strip(proto)
     _check_dynamic(proto, spec)
     onnx.save(proto, path)
     onnx.checker.check_model(path)
@@ -167,39 +168,6 @@ class _Positional(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.module(*inputs)
         return out if isinstance(out, tuple) else (out,)
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes of this machine: source paths, code lines, its own names."""
-    model.producer_name, model.producer_version = "rwkv-toolkit", ""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    model.graph.name = "graph"
-    _strip_graph(model.graph)
-    for function in model.functions:
-        function.doc_string = ""
-        del function.metadata_props[:]
-        _strip_nodes(function.node)
-
-
-def _strip_graph(graph: onnx.GraphProto) -> None:
-    graph.doc_string = ""
-    del graph.metadata_props[:]
-    for value in [*graph.value_info, *graph.input, *graph.output, *graph.initializer]:
-        value.doc_string = ""
-        del value.metadata_props[:]
-    _strip_nodes(graph.node)
-
-
-def _strip_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
-    for node in nodes:
-        node.doc_string = ""
-        del node.metadata_props[:]
-        for attribute in node.attribute:  # the body of a Scan, the branches of an If
-            if attribute.HasField("g"):
-                _strip_graph(attribute.g)
-            for graph in attribute.graphs:
-                _strip_graph(graph)
 
 
 def _check_dynamic(model: onnx.ModelProto, spec: ExportSpec) -> None:

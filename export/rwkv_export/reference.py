@@ -15,7 +15,9 @@ from rwkv_core.errors import ExportError
 from rwkv_export.runtime import Runtime
 from rwkv_export.verify import draw, relative_error
 
-__all__ = ["REFERENCE", "check", "encode", "record"]
+__all__ = ["REFERENCE", "check", "encode", "errors", "rebound", "record"]
+
+Calls = dict[int, dict[str, dict[str, np.ndarray]]]  # call → "in" or "out" → name → array
 
 REFERENCE = "reference.safetensors"
 TOKENS = 64  # read by a recurrent graph
@@ -55,48 +57,73 @@ def encode(found: Mapping[str, np.ndarray], bounds: Mapping[str, float]) -> byte
     return save(arrays, {"bounds": json.dumps(dict(bounds), sort_keys=True)})
 
 
+def rebound(content: bytes, bounds: Mapping[str, float]) -> bytes:
+    """Return the same reference with other bounds."""
+    from safetensors.numpy import load
+
+    return encode(load(content), bounds)
+
+
 def check(runtime: Runtime) -> dict[str, dict[str, Any]]:
     """Run what was recorded and return per graph the worst error, its bound and the calls made.
 
     Raises:
         ExportError: the folder holds no reference, or an answer is off by more than the bound.
     """
+    bounds, calls = _read(runtime)
+    results = {}
+    for graph, (name, worst) in _errors(runtime, calls).items():
+        if not worst <= bounds[graph]:
+            raise ExportError(
+                f"{runtime.folder}: graph {graph!r} does not answer as PyTorch did when it was "
+                f"exported: {name!r} is off by {worst:.3g} of the largest value, allowed is "
+                f"{bounds[graph]:.3g}"
+            )
+        results[graph] = {"worst": worst, "bound": bounds[graph], "calls": len(calls[graph])}
+    return results
+
+
+def errors(runtime: Runtime) -> dict[str, float]:
+    """Return the worst error of each graph, whatever its bound.
+
+    Raises:
+        ExportError: the folder holds no reference.
+    """
+    return {graph: worst for graph, (_, worst) in _errors(runtime, _read(runtime)[1]).items()}
+
+
+def _read(runtime: Runtime) -> tuple[dict[str, float], dict[str, Calls]]:
     from safetensors import SafetensorError, safe_open
 
     path = runtime.folder / REFERENCE
+    calls: dict[str, Calls] = {}
     try:
         with safe_open(path, "np") as file:
             bounds: dict[str, float] = json.loads((file.metadata() or {})["bounds"])
-            recorded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                graph, call, kind, tensor = key.split("/", 3)
+                kinds = calls.setdefault(graph, {}).setdefault(int(call), {})
+                kinds.setdefault(kind, {})[tensor] = file.get_tensor(key)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ExportError(f"{path} is no reference to verify against: {error}") from error
+    return bounds, calls
+
+
+def _errors(runtime: Runtime, calls: Mapping[str, Calls]) -> dict[str, tuple[str, float]]:
+    """Return graph → the tensor that is off most and by how much of the largest value."""
     results = {}
-    for graph, bound in bounds.items():
-        calls: dict[int, dict[str, dict[str, np.ndarray]]] = {}
-        for key, array in recorded.items():
-            name, _, rest = key.partition("/")
-            if name == graph:
-                call, kind, tensor = rest.split("/", 2)
-                calls.setdefault(int(call), {}).setdefault(kind, {})[tensor] = array
+    for graph, recorded in calls.items():
         info = runtime.graphs[graph]
         axes = {t.name: t.shape.index("batch") for t in info.inputs if "batch" in t.shape}
-        batch = next((calls[1]["in"][n].shape[axis] for n, axis in axes.items()), 1)
-        state, scale, worst = runtime.initial_state(graph, batch), 0.0, 0.0
-        for _, call in sorted(calls.items()):
+        batch = next((recorded[1]["in"][n].shape[axis] for n, axis in axes.items()), 1)
+        state, scale, found = runtime.initial_state(graph, batch), 0.0, [("", 0.0)]
+        for _, call in sorted(recorded.items()):
             out = runtime(graph, {**call["in"], **state})
             state = {t.name: out[t.name] for t in info.state}
             expected = call.get("out", {})
-            scale = max(
-                [scale, *(float(np.abs(expected[n]).max()) for n in info.outputs if expected)]
-            )
+            if expected:
+                scale = max(scale, *(float(np.abs(expected[n]).max()) for n in info.outputs))
             for name, array in expected.items():
-                off = relative_error(array, out[name], scale)
-                if not off <= bound:
-                    raise ExportError(
-                        f"{runtime.folder}: graph {graph!r} does not answer as PyTorch did when it "
-                        f"was exported: {name!r} is off by {off:.3g} of the largest value, "
-                        f"allowed is {bound:.3g}"
-                    )
-                worst = max(worst, off)
-        results[graph] = {"worst": worst, "bound": bound, "calls": len(calls)}
+                found.append((name, relative_error(array, out[name], scale)))
+        results[graph] = max(found, key=lambda item: (np.isnan(item[1]), item[1]))
     return results

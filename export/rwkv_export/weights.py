@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 __all__ = ["WEIGHTS", "WeightFile"]
@@ -30,13 +29,13 @@ class WeightFile:
             tensor = value.const_value
             if tensor is None or tensor.nbytes < SMALL or isinstance(tensor, ir.ExternalTensor):
                 continue
-            content = np.ascontiguousarray(tensor.numpy())
+            content = tensor.tobytes()
             value.const_value = ir.ExternalTensor(
                 self.path.name,
-                self._place(content.tobytes()),
-                content.nbytes,
+                self._place(content),
+                len(content),
                 tensor.dtype,
-                shape=ir.Shape(content.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=value.name or "",
                 base_dir=self.path.parent,
             )
