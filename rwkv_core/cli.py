@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -160,6 +161,15 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub.add_argument("out", type=Path, help="folder to write; must not exist")
     sub.add_argument(
         "--steps", type=int, default=4096, help="recurrent steps to compare over (4096)"
+    )
+    sub.add_argument(
+        "--quantize",
+        metavar="SCHEME",
+        help="fp16, int8, int8-dynamic or int4; refused if held-out data shows that it costs much",
+    )
+    sub.add_argument("--data", help="held-out data for that (default: the model's own)")
+    sub.add_argument(
+        "--keep", action="append", default=[], help="layer to leave as it is; may be repeated"
     )
 
     sub = verb(
@@ -369,8 +379,26 @@ def _export(args: argparse.Namespace) -> None:
 
     exporter = importlib.import_module("rwkv_export")
     steps = [n for n in (1, 16, 256) if n < args.steps] + [args.steps]
-    report = exporter.export(checkpoint.load(args.path), args.out, steps=steps)
-    print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
+    model = checkpoint.load(args.path)
+    if not args.quantize:
+        report = exporter.export(model, args.out, steps=steps)
+        print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
+        return
+    if args.out.exists():
+        raise RWKVError(f"{args.out} exists already; remove it or choose another folder")
+    data, labels = importlib.import_module("rwkv_export.heldout").held_out(model, args.data)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = exporter.export(model, Path(folder) / "whole", steps=steps)
+        made = exporter.compress(
+            whole.folder, args.out, args.quantize, data, labels=labels, keep=args.keep
+        )
+    print(f"{made.folder}: {made.bytes:,} bytes instead of {whole.bytes:,}")
+    quality = made.quality
+    print(
+        f"{made.matrices} matrices in {args.quantize}: KL {quality.kl:.2g}, perplexity × "
+        f"{quality.perplexity_ratio:.4f}, top-1 agreement {quality.top1:.2%}, greedy "
+        f"{quality.greedy:.2%}, worst logit {quality.worst_logit:.2g}"
+    )
 
 
 def _verify(args: argparse.Namespace) -> None:

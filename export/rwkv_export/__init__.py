@@ -6,12 +6,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rwkv_export._compress import Compressed, compress
     from rwkv_export._export import Report, export
+    from rwkv_export.gate import Bounds, Quality
     from rwkv_export.runtime import Runtime, load
 
-__all__ = ["Report", "Runtime", "export", "load"]
+__all__ = ["Bounds", "Compressed", "Quality", "Report", "Runtime", "compress", "export", "load"]
 
-_HOMES = {"Report": "_export", "export": "_export", "Runtime": "runtime", "load": "runtime"}
+_HOMES = {
+    "Report": "_export", "export": "_export", "Runtime": "runtime", "load": "runtime",
+    "Compressed": "_compress", "compress": "_compress", "Bounds": "gate", "Quality": "gate",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,178 @@
+"""From an exported folder to a smaller one: quantise, measure, and only then let it appear."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from rwkv_core._files import atomic_folder
+from rwkv_core.errors import ExportError
+from rwkv_export import reference
+from rwkv_export.gate import BOUNDS, Bounds, Quality, compare_answers
+from rwkv_export.manifest import MANIFEST, PARITY, Manifest, sha256
+from rwkv_export.quantize import layers_of, matrices, quantized
+from rwkv_export.runtime import Runtime
+from rwkv_export.weights import WEIGHTS, WeightFile
+
+__all__ = ["Compressed", "compress"]
+
+PROBED = 1  # rows of the data that a single layer is judged by
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A quantised folder: how large, of how many matrices, and how good."""
+
+    folder: Path
+    bytes: int
+    matrices: int
+    quality: Quality
+
+
+def compress(
+    source: str | Path,
+    folder: str | Path,
+    scheme: str,
+    data: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    bounds: Bounds | None = None,
+    keep: Collection[str] = (),
+    threads: int = 0,
+) -> Compressed:
+    """Write an exported folder again with quantised weights, if its answers stay within bounds.
+
+    Args:
+        source: a folder that ``export`` wrote.
+        folder: where; must not exist.
+        scheme: ``"fp16"``, ``"int8"``, ``"int8-dynamic"`` or ``"int4"``; see ``quantize.py``.
+        data: tokens [N, T] of held-out text, or inputs of a whole-input graph [N, ...].
+        labels: right classes of the inputs [N].
+        bounds: None takes ``gate.BOUNDS`` of the scheme.
+        keep: layers or weights that stay as they are, such as ``"head"`` or ``"blocks.3"``.
+        threads: of onnxruntime.
+
+    Raises:
+        ExportError: the answers leave the bounds; the three layers that cost most are named.
+    """
+    source, folder = Path(source), Path(folder)
+    before = Runtime(source, threads=threads)
+    if before.metadata.get("quantization"):
+        raise ExportError(f"{source} is quantised already; start from the folder in fp32")
+    bounds = bounds or BOUNDS.get(scheme, Bounds(kl=0.0))
+    with atomic_folder(folder) as temporary:
+        kept = _kept(before, keep)
+        count = _write(before, temporary, scheme, kept)
+        after = Runtime(temporary, threads=threads)
+        quality = compare_answers(before, after, data, labels)
+        broken = bounds.broken(quality)
+        if broken:
+            worst = _worst_layers(before, scheme, data, labels, kept, threads)
+            named = ", ".join(f"{layer} (KL {kl:.2g})" for layer, kl in worst)
+            raise ExportError(
+                f"{scheme} is refused: {'; '.join(broken)}. What costs most: {named}. Keep those "
+                "as they are, take a finer scheme, or allow more; nothing was written"
+            )
+        _certify(before, temporary, scheme, kept, quality, bounds, count)
+        size = sum(f.stat().st_size for f in temporary.iterdir())
+    return Compressed(folder, size, count, quality)
+
+
+def _kept(before: Runtime, keep: Iterable[str]) -> list[str]:
+    """Return the weights that are asked to stay, by their own names or their layers'."""
+    names: set[str] = set()
+    for graph in before.graphs.values():
+        names |= matrices(onnx.load(before.folder / graph.file, load_external_data=False)).keys()
+    layers, found = layers_of(sorted(names)), []
+    for name in keep:
+        if name not in layers and name not in names:
+            raise ExportError(f"no layer or weight {name!r}; layers: {', '.join(layers)}")
+        found += layers.get(name, [name])
+    return found
+
+
+def _write(before: Runtime, folder: Path, scheme: str, keep: Collection[str]) -> int:
+    """Write the graphs quantised, and everything else as it is; return the matrices quantised."""
+    weights = WeightFile(folder / WEIGHTS)
+    graphs, counts = {}, set()
+    for name, info in before.graphs.items():
+        model = onnx.load(before.folder / info.file)
+        counts.add(len([m for m in matrices(model) if m not in keep]))
+        small = ir.from_proto(quantized(model, scheme, keep=keep))
+        weights.take(small)
+        proto = ir.to_proto(small)
+        onnx.save(proto, folder / info.file)
+        (opset,) = (o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+        digest = sha256(folder / info.file)
+        graphs[name] = dataclasses.replace(info, sha256=digest, opset=opset)
+    files = dict(before.manifest.files)
+    for file in files:
+        if file != WEIGHTS:
+            shutil.copy(before.folder / file, folder / file)
+    files[WEIGHTS] = sha256(folder / WEIGHTS)
+    metadata = {**before.metadata, "quantization": scheme}
+    manifest = dataclasses.replace(before.manifest, graphs=graphs, files=files, metadata=metadata)
+    manifest.write(folder)
+    return max(counts)
+
+
+def _worst_layers(
+    before: Runtime,
+    scheme: str,
+    data: np.ndarray,
+    labels: np.ndarray | None,
+    keep: Collection[str],
+    threads: int,
+) -> list[tuple[str, float]]:
+    """Return the three layers that alone cost most, and their divergence."""
+    names: set[str] = set()
+    for graph in before.graphs.values():
+        names |= matrices(onnx.load(before.folder / graph.file, load_external_data=False)).keys()
+    costs = []
+    for layer, own in layers_of(sorted(names - set(keep))).items():
+        with tempfile.TemporaryDirectory() as folder:
+            _write(before, Path(folder), scheme, names - set(own))
+            some = None if labels is None else labels[:PROBED]
+            quality = compare_answers(before, Runtime(folder, threads=threads), data[:PROBED], some)
+        costs.append((layer, quality.kl if np.isfinite(quality.kl) else float("inf")))
+    return sorted(costs, key=lambda item: -item[1])[:3]
+
+
+def _certify(
+    before: Runtime,
+    folder: Path,
+    scheme: str,
+    keep: Collection[str],
+    quality: Quality,
+    bounds: Bounds,
+    count: int,
+) -> None:
+    """Say in ``parity.json`` what was measured, and in the reference how far it is from PyTorch."""
+    after = Runtime(folder)
+    measured = reference.errors(after)
+    allowed = {graph: max(2 * error, 2e-5) for graph, error in measured.items()}
+    name = reference.REFERENCE
+    (folder / name).write_bytes(reference.rebound((folder / name).read_bytes(), allowed))
+    manifest = Manifest.read(folder)
+    files = {**manifest.files, name: sha256(folder / name)}
+    dataclasses.replace(manifest, files=files).write(folder)
+    parity = json.loads((before.folder / PARITY).read_text())
+    parity["quantization"] = {
+        "scheme": scheme,
+        "matrices": count,
+        "kept": sorted(keep),
+        "quality": {
+            **dataclasses.asdict(quality),
+            "perplexity_ratio": quality.perplexity_ratio,
+        },
+        "bounds": dataclasses.asdict(bounds),
+        "of": sha256(before.folder / MANIFEST),
+    }
+    (folder / PARITY).write_text(json.dumps(parity, indent=2) + "\n")

@@ -1,0 +1,248 @@
+"""Smaller weights in an exported folder: fp16, 8 and 4 bits; kept only if the answers stay close.
+
+    fp16          weights stored in 16 bits, computed with in 32: half the bytes, the same speed
+    int8          8 bits in blocks of 32 along a column (MatMulNBits), activations in 8 bits
+    int8-dynamic  8 bits per column, activations quantised whole: best at reading long prompts, and
+                  what onnxruntime's web build runs fast
+    int4          4 bits in blocks of 32, embedding and head included; what rounds badly gets 8
+
+Both recurrent graphs get the same weights and go on sharing them. What stays as it is: vectors, the
+recurrence, and matrices smaller than 64 × 64.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from rwkv_core.errors import ExportError, did_you_mean
+from rwkv_export.clean import strip
+
+__all__ = ["SCHEMES", "layers_of", "matrices", "quantized"]
+
+LEAST = 64  # rows and columns of a matrix that is worth it
+BLOCK = 32
+INT8_MATMUL = 4  # accuracy level: activations in 8 bits; the others are half as fast
+OUTLIER = 1.5  # times the median rounding error: such a matrix gets 8 bits instead of 4
+
+
+def matrices(model: ModelProto) -> dict[str, str]:
+    """Return weight → operator that reads it, for every matrix that is to be quantised."""
+    dims = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        at = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+        if at is None or node.input[at] not in dims:
+            continue
+        shape = dims[node.input[at]]
+        if len(shape) == 2 and min(shape) >= LEAST:
+            found[node.input[at]] = node.op_type
+    return found
+
+
+def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return layer → its weights: ``blocks.3``, or what is no block's, such as ``head``."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        block = re.search(r"blocks\.\d+", name)
+        layers.setdefault(block.group() if block else name.split(".")[0], []).append(name)
+    return layers
+
+
+def quantized(model: ModelProto, scheme: str, *, keep: Iterable[str] = ()) -> ModelProto:
+    """Return a graph with its matrices quantised.
+
+    Args:
+        model: the graph, weights inside.
+        scheme: one of ``SCHEMES``.
+        keep: weights that stay as they are.
+
+    Raises:
+        ExportError: an unknown scheme, or a matrix that was left out without being asked for.
+    """
+    if scheme not in SCHEMES:
+        raise ExportError(f"unknown quantisation {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
+    wanted = [name for name in matrices(model) if name not in set(keep)]
+    result = SCHEMES[scheme](model, wanted)
+    left = [name for name in matrices(result) if name in wanted]
+    if left:
+        raise ExportError(f"{len(left)} matrices were not quantised, such as {left[0]!r}")
+    strip(result)
+    return result
+
+
+def _fp16(model: ModelProto, wanted: list[str]) -> ModelProto:
+    result = ModelProto()
+    result.CopyFrom(model)
+    casts = []
+    for tensor in result.graph.initializer:
+        if tensor.name in wanted:
+            array = numpy_helper.to_array(tensor)
+            if np.abs(array).max() > np.finfo(np.float16).max:
+                raise ExportError(f"{tensor.name} holds values that fp16 cannot")
+            name = tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float16), f"{name}.fp16"))
+            casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *result.graph.node]
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    return result
+
+
+def _int4(model: ModelProto, wanted: list[str]) -> ModelProto:
+    rough = outliers(model, wanted)
+    model = _blocks(model, [name for name in wanted if name not in rough], bits=4)
+    return _blocks(model, rough, bits=8)
+
+
+def _int8(model: ModelProto, wanted: list[str]) -> ModelProto:
+    return _blocks(model, wanted, bits=8)
+
+
+def outliers(model: ModelProto, wanted: list[str]) -> list[str]:
+    """Return the matrices that 4 bits round far worse than most, which a few large weights do."""
+    errors = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in wanted:
+            errors[tensor.name] = rounding_error(numpy_helper.to_array(tensor), 4)
+    limit = OUTLIER * float(np.median(list(errors.values()) or [0.0]))
+    return [name for name, error in errors.items() if error > limit]
+
+
+def rounding_error(matrix_KN: np.ndarray, bits: int) -> float:
+    """Return how far weights in blocks of 32 along the columns move, over a typical weight.
+
+    Typical is the median: a few large weights make the steps wide and are no excuse for it.
+    """
+    K, N = matrix_KN.shape
+    blocks = np.pad(matrix_KN, ((0, -K % BLOCK), (0, 0))).reshape(-1, BLOCK, N)
+    scale = np.abs(blocks).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
+    rounded = np.round(blocks / np.where(scale == 0, 1, scale)) * scale
+    typical = float(np.median(np.abs(matrix_KN)))
+    return float(np.square(rounded - blocks).mean()) ** 0.5 / typical if typical else 0.0
+
+
+def _blocks(model: ModelProto, wanted: list[str], *, bits: int) -> ModelProto:
+    """Quantise in blocks: MatMul → MatMulNBits, Gather → GatherBlockQuantized.
+
+    The quantiser knows rows of a table in 4 bits only; in 8 they are standard operators.
+    """
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    if not wanted:
+        return model
+    kinds = matrices(model)
+    if bits == 8:
+        model = _rows(model, [name for name in wanted if kinds[name] == "Gather"])
+        wanted = [name for name in wanted if kinds[name] == "MatMul"]
+    readers = set(_readers(model, wanted))
+    quantizer = MatMulNBitsQuantizer(
+        model,
+        bits=bits,
+        block_size=BLOCK,
+        is_symmetric=False,
+        accuracy_level=INT8_MATMUL,
+        nodes_to_exclude=[node.name for node in model.graph.node if node.name not in readers],
+        op_types_to_quantize=("MatMul", "Gather"),
+        quant_axes=(("MatMul", 0), ("Gather", 1)),
+    )
+    with _quiet():
+        quantizer.process()
+    return quantizer.model.model
+
+
+def _rows(model: ModelProto, wanted: list[str]) -> ModelProto:
+    """Store the rows of tables in 8 bits with a scale each, in standard operators."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph, nodes = result.graph, []
+    tables = {t.name: t for t in graph.initializer if t.name in wanted}
+    for node in result.graph.node:
+        tensor = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        if tensor is None:
+            nodes.append(node)
+            continue
+        table, out = numpy_helper.to_array(tensor), node.output[0]
+        scale = np.abs(table).max(1, keepdims=True) / 127
+        rounded = np.round(table / np.where(scale == 0, 1, scale)).astype(np.int8)
+        names = [f"{tensor.name}.int8", f"{tensor.name}.scale"]
+        for name, array in zip(names, (rounded, scale.astype(np.float32)), strict=True):
+            graph.initializer.append(numpy_helper.from_array(array, name))
+        parts = [f"{out}.int8", f"{out}.scale", f"{out}.float"]
+        for name, part in zip(names, parts, strict=False):
+            nodes.append(helper.make_node("Gather", [name, node.input[1]], [part]))
+        nodes.append(helper.make_node("Cast", [parts[0]], [parts[2]], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [parts[2], parts[1]], [out]))
+        graph.initializer.remove(tensor)
+    nodes = list(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def _dynamic(model: ModelProto, wanted: list[str]) -> ModelProto:
+    """Quantise per column; the activations of a product are quantised when it runs."""
+    import tempfile
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    kinds = matrices(model)
+    model = _rows(model, [name for name in wanted if kinds[name] == "Gather"])
+    nodes = _readers(model, [name for name in wanted if kinds[name] == "MatMul"])
+    functions = list(model.functions)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "model.onnx"
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=nodes,
+            use_external_data_format=True,
+        )
+        result = onnx.load(path)
+    if not result.functions:
+        result.functions.extend(functions)
+    return result
+
+
+def _readers(model: ModelProto, wanted: list[str]) -> list[str]:
+    """Return the names of the nodes that read some weights; every node is given one."""
+    found = []
+    for i, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{i}"
+        if any(name in wanted for name in node.input):
+            found.append(node.name)
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the quantisers, which print a line for every matrix."""
+    names = ("onnxruntime.quantization.matmul_nbits_quantizer", None)  # None: the root
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+SCHEMES: dict[str, Callable[[ModelProto, list[str]], ModelProto]] = {
+    "fp16": _fp16,
+    "int8": _int8,
+    "int8-dynamic": _dynamic,
+    "int4": _int4,
+}
