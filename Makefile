@@ -6,7 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= --numprocesses=2 --dist=loadfile
-RACES ?= gemv wkv7 native ops training vision text_inference generations
+RACES ?= gemv wkv7 native ops training vision big_pictures cifar10 text_inference generations
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -104,12 +104,17 @@ class ClassifyAdapter:
     def draw(
         self, model: Classifier, config: ClassifyConfig, split: str, folder: str | Path
     ) -> list[Path]:
-        """Write a confusion matrix and a grid of answers; return their paths."""
+        """Write a confusion matrix, a grid of answers and the receptive field; return the paths."""
         from rwkv_core.run import TorchRun
-        from rwkv_vision.pictures import report
+        from rwkv_vision.pictures import draw_fields, report
+        from rwkv_vision.receptive import fields_of
 
         report(TorchRun(model, self.exports(model), self.metadata(model)), config, folder, split)
-        return [Path(folder) / "confusion.png", Path(folder) / "predictions.png"]
+        drawn = [Path(folder) / "confusion.png", Path(folder) / "predictions.png"]
+        if fields := fields_of(model, config, split):
+            drawn.append(Path(folder) / "receptive.png")
+            draw_fields(fields, drawn[-1])
+        return drawn
 
     def predict(self, run: Run, inputs: Iterable[host.Picture]) -> list[host.Prediction]:
         """Return label, confidence and logits of pictures: paths, Pillow images or arrays."""

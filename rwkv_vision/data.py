@@ -104,7 +104,8 @@ class _Samples(Dataset):
             if picture is not None:
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.manual_seed(seed)
+                # torch.manual_seed asks every kind of device, which takes longer than a picture
+                torch.default_generator.manual_seed(seed)
                 return self.transform(picture), int(self.pictures.targets[i % n])
         if self.replace:
             raise DataError(f"not one of {n} pictures can be read, {self.pictures.name(0)} first")

@@ -194,8 +194,9 @@ def _create(config: ClassifyConfig) -> nn.Module:
         raise ConfigError(
             f"timm has no model {config.model!r}; {did_you_mean(config.model, timm.list_models())}"
         )
-    options = dict(config.model_options)
-    if config.model in timm.list_models(module="models"):
+    options, known = dict(config.model_options), timm.get_pretrained_cfg(config.model)
+    # timm's models that are made for one size, and ours, whose positions are made for one
+    if config.model in timm.list_models(module="models") or (known and known.fixed_input_size):
         options.setdefault("img_size", tuple(config.image_size))
     try:
         return timm.create_model(

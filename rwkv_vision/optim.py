@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from rwkv_core.errors import ConfigError, did_you_mean
 from rwkv_core.train.config import TrainSettings
-from rwkv_core.train.optim import optimizer, optimizer_groups
+from rwkv_core.train.optim import optimizer_groups
 from rwkv_core.train.schedule import official_schedule
+from rwkv_vision.encoder import VRWKV
 
 __all__ = ["image_optimizer", "image_schedule"]
 
@@ -19,20 +20,23 @@ SCHEDULES = ("cosine", "step", "poly", "tanh")
 
 
 def image_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
-    """Return the optimiser that ``task.optimizer`` names, over the layers' own groups.
+    """Return the optimiser that ``task.optimizer`` names.
+
+    It gets the layers' own groups; of a model that is timm's own, the groups timm makes.
 
     Raises:
         ConfigError: timm has no optimiser of that name; the nearest are named.
     """
     config: Any = model.config
+    groups = _groups(model, settings)
     if not config.optimizer:
-        return optimizer(model, settings)
+        betas = (settings.beta1, settings.beta2)
+        return AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
     known = [str(name) for name in list_optimizers()]
     if config.optimizer not in known:
         raise ConfigError(
             f"unknown optimiser {config.optimizer!r}; {did_you_mean(config.optimizer, known)}"
         )
-    groups = optimizer_groups(model, settings)
     return create_optimizer_v2(groups, opt=config.optimizer, lr=settings.lr)
 
 
@@ -69,3 +73,16 @@ def image_schedule(
         return group["lr"] / group["lr_scale"]
 
     return set_rate
+
+
+def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    net: Any = model.net
+    if isinstance(net, VRWKV):
+        return optimizer_groups(model, settings)
+    kept = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
+    found = param_groups_weight_decay(net, settings.weight_decay, no_weight_decay_list=kept)
+    names = {p: name for name, p in model.named_parameters()}
+    return [
+        {**group, "names": tuple(names[p] for p in group["params"]), "lr_scale": 1.0}
+        for group in found
+    ]

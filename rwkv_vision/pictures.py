@@ -1,6 +1,9 @@
-"""What a classifier does to test pictures, to look at: a confusion matrix and a grid of answers."""
+"""What a classifier does to test pictures, to look at.
 
-from collections.abc import Sequence
+A confusion matrix, a grid of answers, and what :mod:`rwkv_vision.receptive` found.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from rwkv_vision.config import ClassifyConfig
 from rwkv_vision.host import Prediction, predict
 from rwkv_vision.sources import open_split
 
-__all__ = ["confusion", "draw_confusion", "draw_grid", "report"]
+__all__ = ["confusion", "draw_confusion", "draw_fields", "draw_grid", "report"]
 
 
 def report(run: Run, config: ClassifyConfig, folder: str | Path, split: str = "test") -> float:
@@ -96,6 +99,20 @@ def draw_grid(
         text = f"{predictions[i].label} {predictions[i].confidence:.0%}"
         text += f"\nis {truth[i]}" if wrong[i] else ""
         axes.set_title(text, fontsize=8, color="red" if wrong[i] else "black")
+    _save(figure, path)
+
+
+def draw_fields(fields: Mapping[str, np.ndarray], path: Path) -> None:
+    """Draw receptive fields [H, W], at most 1, as PNG, six in a row, each under its name."""
+    rows, columns = -(-len(fields) // 6), min(len(fields), 6)
+    figure = _figure((3.2 * columns, 3.4 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (name, field) in zip(grid.flat, fields.items(), strict=False):
+        # a fourth root: what is far away moves the middle by thousandths, and still counts
+        axes.imshow(field**0.25, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"{name}: {(field > 0.01).mean():.0%} above 1/100", fontsize=9)
     _save(figure, path)
 
 

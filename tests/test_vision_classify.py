@@ -48,7 +48,7 @@ def test_fulfils_the_contract_of_a_domain() -> None:
     check_adapter("classify", config)
 
 
-@pytest.mark.parametrize("name", ["classify", "digits", "mnist"])
+@pytest.mark.parametrize("name", ["cifar10", "classify", "digits", "imagenet", "mnist"])
 def test_recipes_are_complete_configurations(name: str) -> None:
     config = RECIPES[name]()
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -210,6 +210,7 @@ def test_the_command_evaluates_and_draws(
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {
         "confusion.png",
         "predictions.png",
+        "receptive.png",
     }
 
 
