@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -112,6 +114,30 @@ def interleave(
         name: Timing(statistics.median(found), min(found), rounds)
         for name, found in seconds.items()
     }
+
+
+def in_a_process_of_its_own(script: str, *arguments: object) -> Any:
+    """Return what the script prints last, as JSON: memory is measured in a fresh process."""
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def added_megabytes(run: Callable[[], object]) -> float:
+    """Return by how much a run raises the largest memory that this process has held."""
+    before = peak_bytes()
+    run()
+    return (peak_bytes() - before) / 1e6
+
+
+def peak_bytes() -> int:
+    """Return the largest memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # the other way includes what the parent held before it started us
+        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def machine() -> dict[str, Any]:

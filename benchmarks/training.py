@@ -8,12 +8,7 @@ tests are for. Memory is what a step adds to a fresh process that holds the mode
 """
 
 import json
-import os
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import race
@@ -68,7 +63,7 @@ def one_shape(shape: tuple[int, int], rounds: int) -> list[race.Row]:
             "tokens/s": tokens / time.median,
             "best": tokens / time.minimum,
             "ours/this": time.median / times[OURS].median,
-            "memory MB": in_a_process_of_its_own(name, shape),
+            "memory MB": race.in_a_process_of_its_own(__file__, "--memory", name, *shape),
             "parameters": sum(p.numel() for p in models[name].parameters()),
         }
         for name, time in times.items()
@@ -112,30 +107,11 @@ def step(model: nn.Module, B: int, T: int) -> Callable[[], None]:
     return run
 
 
-def in_a_process_of_its_own(name: str, shape: tuple[int, int]) -> float:
-    command = [sys.executable, __file__, "--memory", name, *map(str, shape)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def added_memory(name: str, B: int, T: int) -> float:
     """Return the megabytes that a step adds at its peak, after one on a few tokens."""
     model = MODELS[name](T)
     step(model, 1, 16)()  # libraries are loaded and the gradients are there
-    before = peak_bytes()
-    step(model, B, T)()
-    return (peak_bytes() - before) / 1e6
-
-
-def peak_bytes() -> int:
-    """Return the largest memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # the other way includes what the parent held before it started us
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return race.added_megabytes(step(model, B, T))
 
 
 def draw(figure: Any, rows: list[race.Row]) -> None:

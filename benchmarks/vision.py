@@ -1,68 +1,80 @@
-"""Vision-RWKV beside timm's ViT of the same width and depth: images per second.
+"""Vision-RWKV beside timm's ViT of the same width and depth: images per second and peak memory.
 
 `vrwkv_tiny_patch16_224` and `deit_tiny_patch16_224` have 12 layers of width 192 and patches of 16
-× 16 pixels; random weights, 1,000 classes, fp32. They are different models, so there are no answers
-to compare.
+× 16 pixels; random weights, 1,000 classes, fp32, in torch and as ONNX in onnxruntime. They are
+different models, so there are no answers to compare. Memory is what one forward pass adds to a
+fresh process that has run the model on a small picture already.
 
-    pip install timm torchvision     (`make bench` has them)
+    pip install timm torchvision onnx onnxruntime onnxscript     (`make bench` has them)
     python benchmarks/vision.py [--quick]
 """
 
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import race
 import torch
 from torch import nn
 
-SHAPES = [(8, 224), (2, 512)]  # pictures, and pixels of a side
+SHAPES = [(8, 224), (2, 512), (1, 1024), (1, 2048)]  # pictures, and pixels of a side
+TRAINED = 512  # pixels of a side, at most
 QUICK = [(2, 224)]
-OURS, THEIRS = "vrwkv_tiny_patch16_224", "deit_tiny_patch16_224"
-FORWARD, BOTH = "forward", "forward+backward"
+OURS, THEIRS = "ours, VRWKV-T", "timm, DeiT-Ti"
+MODELS = {OURS: "vrwkv_tiny_patch16_224", THEIRS: "deit_tiny_patch16_224"}
+FORWARD, BOTH, ONNX = "forward", "forward+backward", "onnxruntime"
 COLUMNS = {
-    "forward": ".1f", "best forward": ".1f", "ours/this forward": ".2f",
-    "forward+backward": ".1f", "best forward+backward": ".1f", "ours/this forward+backward": ".2f",
-    "parameters": ",d",
-}  # fmt: skip
+    heading: form
+    for task in (FORWARD, BOTH, ONNX)
+    for heading, form in ((task, ".2f"), (f"best {task}", ".2f"), (f"ours/this {task}", ".2f"))
+} | {"memory MB": ".0f", "parameters": ",d"}
 
 
 def main() -> None:
-    args = race.arguments(__doc__).parse_args()
+    parser = race.arguments(__doc__)
+    parser.add_argument("--memory", nargs=2, metavar=("NAME", "SIDE"), help="one pass, here")
+    args = parser.parse_args()
     race.prepare()
+    if args.memory:
+        print(json.dumps(added_memory(args.memory[0], int(args.memory[1]))))
+        return
     rounds = args.rounds or (2 if args.quick else 5)
     rows: list[race.Row] = []
-    for shape in QUICK if args.quick else SHAPES:
-        found = one_shape(shape, rounds)
-        print(f"\nimages/s, {shape[0]} of {shape[1]} × {shape[1]} pixels")
-        print(race.table(found, COLUMNS), flush=True)
-        rows += found
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in QUICK if args.quick else SHAPES:
+            found = one_shape(shape, rounds, Path(folder))
+            print(f"\nimages/s, {shape[0]} of {shape[1]} × {shape[1]} pixels, {rounds} rounds")
+            print(race.table(found, COLUMNS), flush=True)
+            rows += found
     name = race.name("vision", args)
     race.write(name, rows, {"rounds": rounds})
     drawn = [{**row, "name": f"{row['name']}, {row['shape'][1]}"} for row in rows]
-    race.plot(name, race.bars(drawn, [FORWARD, BOTH]))
+    race.plot(name, race.bars(drawn, [FORWARD, BOTH, ONNX]))
 
 
-def one_shape(shape: tuple[int, int], rounds: int) -> list[race.Row]:
+def one_shape(shape: tuple[int, int], rounds: int, folder: Path) -> list[race.Row]:
     count, side = shape
-    present, rows = race.line_up(
-        {
-            "ours, VRWKV-T": lambda: network(OURS, side),
-            "timm, DeiT-Ti": lambda: network(THEIRS, side),
-        }
-    )
+    present, rows = race.line_up({name: lambda name=name: network(name, side) for name in MODELS})
     images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     runs: dict[tuple[str, str], Callable[[], object]] = {}
     for name, net in present.items():
         runs[name, FORWARD] = lambda net=net: forward(net, images)
-        runs[name, BOTH] = lambda net=net: both(net, images)
+        if side <= TRAINED:
+            runs[name, BOTH] = lambda net=net: both(net, images)
+        runs[name, ONNX] = exported(net, images, folder / f"{MODELS[name]}-{side}.onnx")
     times = race.interleave(runs, rounds)
     for name, net in present.items():
         row = {"name": name, "parameters": sum(p.numel() for p in net.parameters())}
-        for task in (FORWARD, BOTH):
+        row["memory MB"] = race.in_a_process_of_its_own(__file__, "--memory", name, side)
+        for task in (FORWARD, BOTH, ONNX):
+            if (name, task) not in times:
+                continue
             time = times[name, task]
             row[f"{task} seconds"] = [time.median, time.minimum]
             row[task] = count / time.median
             row[f"best {task}"] = count / time.minimum
-            row[f"ours/this {task}"] = time.median / times["ours, VRWKV-T", task].median
+            row[f"ours/this {task}"] = time.median / times[OURS, task].median
         rows.append(row)
     return [{**row, "shape": shape} for row in rows]
 
@@ -74,7 +86,7 @@ def network(name: str, side: int) -> nn.Module:
     import rwkv_vision  # noqa: F401 - registers our models
 
     torch.manual_seed(0)
-    return timm.create_model(name, img_size=side)
+    return timm.create_model(MODELS[name], img_size=side)
 
 
 @torch.no_grad()
@@ -85,6 +97,28 @@ def forward(net: nn.Module, images: torch.Tensor) -> None:
 def both(net: nn.Module, images: torch.Tensor) -> None:
     net.zero_grad(set_to_none=True)
     net.train()(images).sum().backward()
+
+
+def exported(net: nn.Module, images: torch.Tensor, path: Path) -> Callable[[], object]:
+    """Return a function that runs the pictures through onnxruntime, on one thread."""
+    race.installed("onnxruntime")
+    import onnxruntime
+
+    torch._dynamo.reset()
+    torch.onnx.export(net.eval(), (images,), path, dynamo=True, opset_version=20, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def added_memory(name: str, side: int) -> float:
+    """Return the megabytes that a forward pass adds at its peak, after one of a small picture."""
+    small, net = network(name, 64), network(name, side)
+    forward(small, torch.randn(1, 3, 64, 64))  # libraries are loaded
+    images = torch.randn(1, 3, side, side)
+    return race.added_megabytes(lambda: forward(net, images))
 
 
 if __name__ == "__main__":

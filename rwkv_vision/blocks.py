@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rwkv_core.errors import ConfigError, did_you_mean
 from rwkv_vision.mixers import NORM_EPS, ChannelMix, SpatialMix
+from rwkv_vision.mixers2d import SpatialMix2d
 from rwkv_vision.mixers6 import SpatialMix6
 from rwkv_vision.mixers7 import ImageChannelMix7, SpatialMix7
 
@@ -69,7 +70,10 @@ class Block(nn.Module):
 
     def mix_channels(self, x_BHWC: Tensor) -> Tensor:
         """Run the second half of the block."""
-        y_BHWC = self.ffn(x_BHWC if self.post_norm else self.ln2(x_BHWC))
+        return self.add_channels(x_BHWC, self.ffn(x_BHWC if self.post_norm else self.ln2(x_BHWC)))
+
+    def add_channels(self, x_BHWC: Tensor, y_BHWC: Tensor) -> Tensor:
+        """Add to the trunk what the channel mix returned."""
         if self.post_norm:
             y_BHWC = self.ln2(y_BHWC)
         gamma = self.gamma2
@@ -125,8 +129,10 @@ def make_block(
         att: nn.Module = SpatialMix6(dim, head_dim=head_dim, impl=impl, **at, **norms)
     elif mixer == "vrwkv":
         att = SpatialMix(dim, impl=impl, **at, **norms)
+    elif mixer == "vrwkv_2d":
+        att = SpatialMix2d(dim, impl=impl, **at, **norms)
     else:
-        known = ("vrwkv", "vrwkv6", "vrwkv7")
+        known = ("vrwkv", "vrwkv6", "vrwkv7", "vrwkv_2d")
         raise ConfigError(f"unknown mixer {mixer!r}; {did_you_mean(mixer, known)}")
     heads = dim // head_dim if mixer == "vrwkv6" else 1
     ffn = ChannelMix(dim, hidden_rate=hidden_rate, heads=heads, **at, **norms)

@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_core.errors import RWKVError
+from rwkv_core.errors import CheckpointError, RWKVError
 from rwkv_core.train.optim import param_groups
 from rwkv_vision.blocks import make_block
 from rwkv_vision.head import HiddenHead
@@ -41,7 +41,8 @@ class VRWKV(nn.Module):
         global_pool: timm's name of the pooling.
         embed_dim: width C.
         depth: number of blocks.
-        mixer: generation of the blocks: ``"vrwkv"`` (after RWKV-4), ``"vrwkv6"`` or ``"vrwkv7"``.
+        mixer: generation of the blocks: ``"vrwkv"`` (after RWKV-4), ``"vrwkv6"`` or ``"vrwkv7"``;
+            ``"vrwkv_2d"`` is the first with distances in the plane, not along the rows.
         head_dim: head size of generations 6 and 7, a divisor of C.
         hidden_rate: inner width of the channel mix, as a multiple of C.
         key_norm: further norms within the mixers, which the authors' largest model has; not for 7.
@@ -140,6 +141,7 @@ class VRWKV(nn.Module):
             )
         self._reset_linear(self.head)
         self.register_load_state_dict_pre_hook(load_pre_hook)  # the authors' names, too
+        self.register_load_state_dict_pre_hook(_check_classes)
 
     def _reset_linear(self, module: nn.Module) -> None:
         """Initialise linear maps of the head: weight normal of σ = weight_std or 1/√C, bias 0."""
@@ -293,3 +295,19 @@ class VRWKV(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map images [B, C, H, W] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x_BCHW))
+
+
+def _check_classes(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a head for another number of classes with what to do, which torch does not know."""
+    ours, name = model.get_submodule("head.fc"), f"{prefix}head.fc.weight"
+    theirs = state_dict.get(name)
+    if not isinstance(ours, nn.Linear) or not isinstance(theirs, Tensor) or theirs.ndim != 2:
+        return
+    if len(theirs) == ours.out_features:
+        return
+    raise CheckpointError(
+        f"{name} tells {len(theirs)} classes apart, the model {ours.out_features}. To fine-tune, "
+        f"load into a model with num_classes={len(theirs)} and call its "
+        f"reset_classifier({ours.out_features}), or create the model with pretrained=True and "
+        "pretrained_cfg_overlay=dict(file=…), which leaves the head out"
+    )

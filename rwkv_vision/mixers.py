@@ -16,7 +16,7 @@ B batch, H and W rows and columns of patches, C width, T tokens.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from rwkv_core.errors import CheckpointError, RWKVError
 from rwkv_core.mixers.base import Mixer
 from rwkv_core.ops.bi_wkv import bi_wkv, check_decay
 from rwkv_core.ops.bi_wkv.prefix import bi_wkv_prefix
+from rwkv_core.ops.gate import gate
+from rwkv_core.ops.squared_relu import squared_relu
 from rwkv_vision.shift import QShift
 
 __all__ = ["ChannelMix", "SpatialMix"]
@@ -42,8 +44,25 @@ def _bi_wkv(w_C: Tensor, u_C: Tensor, k_BTC: Tensor, v_BTC: Tensor, impl: str) -
         return bi_wkv(w_C, u_C, k_BTC, v_BTC, impl=impl)
 
 
-# one node of a traced graph: feature extraction by torch.fx must not look inside
-torch.fx.wrap("_bi_wkv")
+def _gate(r: Tensor, y: Tensor) -> Tensor:
+    """Return σ(r)·y."""
+    if torch.jit.is_scripting():
+        return torch.sigmoid(r) * y
+    else:
+        return gate(r, y)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    """Return relu(x)²."""
+    if torch.jit.is_scripting():
+        return torch.relu(x).square()
+    else:
+        return squared_relu(x)
+
+
+# nodes of a traced graph: feature extraction by torch.fx must not look inside
+for name in ("_bi_wkv", "_gate", "_squared_relu"):
+    torch.fx.wrap(name)
 
 
 def reset_linear(mixer: nn.Module, weight_std: float | None) -> None:
@@ -72,6 +91,9 @@ class SpatialMix(Mixer):
 
     causal = False
     full_precision = frozenset(("spatial_decay", "spatial_first"))
+    decays: ClassVar[tuple[str, ...]] = ("spatial_decay",)
+    spatial_decay: Tensor
+    spatial_first: Tensor
 
     def __init__(
         self,
@@ -89,8 +111,8 @@ class SpatialMix(Mixer):
         self.dim, self.layer, self.depth = dim, layer, depth
         self.weight_std, self.impl = weight_std, impl
         self.shift = QShift(dim, gamma=gamma, shift_pixel=shift_pixel)
-        self.spatial_decay = nn.Parameter(torch.empty(dim))
-        self.spatial_first = nn.Parameter(torch.empty(dim))
+        for name in (*self.decays, "spatial_first"):
+            self.register_parameter(name, nn.Parameter(torch.empty(dim)))
         self.spatial_mix_k = nn.Parameter(torch.empty(1, 1, dim))
         self.spatial_mix_v = nn.Parameter(torch.empty(1, 1, dim))
         self.spatial_mix_r = nn.Parameter(torch.empty(1, 1, dim))
@@ -120,7 +142,8 @@ class SpatialMix(Mixer):
         rest = 1 - self.layer / self.depth
         j = torch.arange(C)
         s, linear = j / C, j / max(C - 1, 1)
-        self.spatial_decay.copy_(-5 + 8 * linear ** (0.7 + 1.3 * rho))
+        for name in self.decays:
+            getattr(self, name).copy_(-5 + 8 * linear ** (0.7 + 1.3 * rho))
         self.spatial_first.copy_(math.log(0.3) + 0.5 * ((j + 1) % 3 - 1))
         self.spatial_mix_k.copy_(s**rest)
         self.spatial_mix_v.copy_(s**rest + 0.3 * rho)
@@ -129,14 +152,23 @@ class SpatialMix(Mixer):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Mix an image of features [B, H, W, C]."""
-        s = self.shift(x_BHWC)
-        x = x_BHWC - s
-        k = self.key(s + x * self.spatial_mix_k)
-        v = self.value(s + x * self.spatial_mix_v)
-        r = self.receptance(s + x * self.spatial_mix_r)
+        x_k, x_v, x_r = self.mix(x_BHWC)
+        return self.finish(x_r, self.recur(self.key(x_k), self.value(x_v)))
+
+    def mix(self, x_BHWC: Tensor) -> list[Tensor]:
+        """Return what key, value and receptance read: mixtures of each patch and its neighbours."""
+        mix = torch.cat([self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r])
+        return self.shift.mix(x_BHWC, mix[:, 0])
+
+    def recur(self, k_BHWC: Tensor, v_BHWC: Tensor) -> Tensor:
+        """Return the mean of all values for each patch [B, H, W, C]."""
         w, u = self.spatial_decay, self.spatial_first
-        y_BTC = _bi_wkv(w, u, k.flatten(1, 2), v.flatten(1, 2), self.impl)
-        return self.output(torch.sigmoid(r) * self.key_norm(y_BTC).reshape(r.shape))
+        y_BTC = _bi_wkv(w, u, k_BHWC.flatten(1, 2), v_BHWC.flatten(1, 2), self.impl)
+        return y_BTC.reshape(k_BHWC.shape)
+
+    def finish(self, x_r_BHWC: Tensor, y_BHWC: Tensor) -> Tensor:
+        """Gate what the recurrence returned and project it out."""
+        return self.output(_gate(self.receptance(x_r_BHWC), self.key_norm(y_BHWC)))
 
     @torch.jit.ignore
     def check_decay(self, error: type[RWKVError]) -> None:
@@ -202,10 +234,18 @@ class ChannelMix(Mixer):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Mix an image of features [B, H, W, C]."""
-        s = self.shift(x_BHWC)
-        x = x_BHWC - s
-        k = self.key_norm(torch.relu(self.key(s + x * self.spatial_mix_k)).square())
-        return torch.sigmoid(self.receptance(s + x * self.spatial_mix_r)) * self.value(k)
+        x_k, x_r = self.mix(x_BHWC)
+        return self.expand(x_k, x_r)
+
+    def mix(self, x_BHWC: Tensor) -> list[Tensor]:
+        """Return what key and receptance read: mixtures of each patch and its neighbours."""
+        mix = torch.cat([self.spatial_mix_k, self.spatial_mix_r])
+        return self.shift.mix(x_BHWC, mix[:, 0])
+
+    def expand(self, x_k_BHWC: Tensor, x_r_BHWC: Tensor) -> Tensor:
+        """Expand, square the positive part, project back, and gate by the receptance."""
+        k = self.key_norm(_squared_relu(self.key(x_k_BHWC)))
+        return _gate(self.receptance(x_r_BHWC), self.value(k))
 
 
 def _check_loaded(mixer: SpatialMix, _: Any) -> None:

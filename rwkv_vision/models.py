@@ -49,6 +49,7 @@ default_cfgs = generate_default_cfgs(
         "vrwkv7_nano_patch4_28.untrained": _cfg(28, 4, crop_pct=1.0),
         "test_vrwkv.untrained": _cfg(64, crop_pct=1.0),
         "test_vrwkv_large.untrained": _cfg(64, crop_pct=1.0),
+        "test_vrwkv_2d.untrained": _cfg(64, crop_pct=1.0),
         "test_vrwkv6.untrained": _cfg(64, crop_pct=1.0),
         "test_vrwkv7.untrained": _cfg(64, crop_pct=1.0),
     }
@@ -177,6 +178,12 @@ def test_vrwkv_large(pretrained: bool = False, **kwargs: Any) -> VRWKV:  # noqa:
     sizes = {**TEST, "img_size": 32, "key_norm": True, "post_norm": True}
     sizes |= {"init_values": 1.0, "head_hidden": 48}
     return _create("test_vrwkv_large", pretrained, kwargs, sizes)
+
+
+@register_model
+def test_vrwkv_2d(pretrained: bool = False, **kwargs: Any) -> VRWKV:  # noqa: PT028
+    """Three layers whose decays run over rows and columns."""
+    return _create("test_vrwkv_2d", pretrained, kwargs, {**TEST, "mixer": "vrwkv_2d"})
 
 
 @register_model

@@ -1,10 +1,25 @@
 """Q-Shift: every quarter of the channels looks one pixel left, right, up or down."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_core.ops.grid_mix import Groups, grid_mix, grid_shift
+
 __all__ = ["QShift"]
+
+
+def _grid_mix(x_BHWC: Tensor, mix_NC: Tensor, groups: Groups, heads: int) -> list[Tensor]:
+    """Run the op; TorchScript, which takes no keyword-only arguments, gets its plain operations."""
+    if torch.jit.is_scripting():
+        s_BHWC = grid_shift(x_BHWC, groups, heads)
+        d_BHWC = x_BHWC - s_BHWC
+        return [torch.addcmul(s_BHWC, d_BHWC, mix_C) for mix_C in mix_NC.unbind()]
+    else:
+        return list(grid_mix(x_BHWC, mix_NC, groups, heads))
+
+
+# one node of a traced graph: feature extraction by torch.fx must not look inside
+torch.fx.wrap("_grid_mix")
 
 
 class QShift(nn.Module):
@@ -37,29 +52,19 @@ class QShift(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide {dim} channels, got {heads}")
         group = int(dim // heads * gamma)
-        self.sizes = [group, group, group, group, dim // heads - 4 * group]
-        self.pixels, self.heads = shift_pixel, heads
-        # of channels (and heads), columns, rows; a negative pad crops, so each group moves at once
-        inner = [0, 0] if heads == 1 else [0, 0, 0, 0]
-        moves = ((1, 0), (-1, 0), (0, 1), (0, -1))
-        p = shift_pixel
-        self.pads = [[*inner, p * dx, -p * dx, p * dy, -p * dy] for dx, dy in moves]
+        p, rest = shift_pixel, dim // heads - 4 * group
+        looks = [(group, 0, -p), (group, 0, p), (group, -p, 0), (group, p, 0), (rest, 0, 0)]
+        self.groups = [one for one in looks if one[0]]
+        self.heads = heads
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Shift an image of features [B, H, W, C]."""
-        if self.heads > 1:
-            x_BHWC = x_BHWC.unflatten(-1, [self.heads, -1])
-        left, right, up, down, rest = x_BHWC.split(self.sizes, -1)
-        moved = [
-            F.pad(left, self.pads[0]),
-            F.pad(right, self.pads[1]),
-            F.pad(up, self.pads[2]),
-            F.pad(down, self.pads[3]),
-            rest,
-        ]
-        x_BHWC = torch.cat(moved, -1)
-        return x_BHWC.flatten(-2) if self.heads > 1 else x_BHWC
+        return grid_shift(x_BHWC, self.groups, self.heads)
+
+    def mix(self, x_BHWC: Tensor, mix_NC: Tensor) -> list[Tensor]:
+        """Return N mixtures ``s + (x - s)·μ_n`` of each patch with what it sees."""
+        return _grid_mix(x_BHWC, mix_NC, self.groups, self.heads)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""
-        return f"sizes={self.sizes}, shift_pixel={self.pixels}, heads={self.heads}"
+        return f"groups={self.groups}, heads={self.heads}"

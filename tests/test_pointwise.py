@@ -9,11 +9,12 @@ from torch import Tensor
 
 from rwkv_core.errors import ConfigError, NativeError
 from rwkv_core.mixers.rwkv7 import TimeMix7
-from rwkv_core.ops import finish7, gates7, squared_relu, token_mix
+from rwkv_core.ops import finish7, gate, gates7, grid_mix, squared_relu, token_mix
 from rwkv_core.ops.native import library
 from rwkv_core.testing import relative_error
 
 LENGTHS = [1, 7, 64, 131]
+GROUPS = [(7, 0, -2), (5, 0, 1), (8, -1, 0), (6, 1, 0), (3, 0, 0)]  # of 29 channels: size, dy, dx
 needs_library = pytest.mark.skipif(not library.available(), reason="native ops are not built")
 
 
@@ -38,6 +39,9 @@ def cases(T: int, B: int = 2, H: int = 3, K: int = 32) -> dict[str, Case]:
     def mix(*x: Tensor, impl: str) -> Any:
         return token_mix(*x, impl=impl)
 
+    def grid(*x: Tensor, impl: str) -> Any:
+        return grid_mix(*x, GROUPS, x[0].shape[-1] // 29, impl=impl)
+
     gates = [*(randn(B, T, D) for _ in range(4)), randn(D), randn(D), randn(H, K), randn(D)]
     first = [randn(B, T, D), randn(B, T, D), randn(D)]
     rows = [3 * randn(B, T, H, 1, K) for _ in range(4)]
@@ -45,6 +49,9 @@ def cases(T: int, B: int = 2, H: int = 3, K: int = 32) -> dict[str, Case]:
         "token_mix of 6": Case(mix, [randn(B, T, D), randn(B, D), randn(6, D)]),
         "token_mix of 1": Case(mix, [randn(B, T, odd), randn(B, odd), randn(1, odd)]),
         "squared_relu": Case(squared_relu, [randn(B, T, odd)]),
+        "gate": Case(gate, [randn(B, T, odd), randn(B, T, odd)]),
+        "grid_mix": Case(grid, [randn(B, T, 3, 29), randn(3, 29)]),
+        "grid_mix of 2 heads": Case(grid, [randn(B, 3, T + 1, 58), randn(2, 58)]),
         "gates7 of layer 0": Case(gates7, gates),
         "gates7": Case(mixing, [*gates, *first]),
         "finish7": Case(finish, [*rows, randn(B, T, D), randn(H, K), randn(D), randn(D)]),

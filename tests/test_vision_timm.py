@@ -1,10 +1,12 @@
 """What timm asks of a model, asked of every model that this package registers with it."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import create_feature_extractor, get_graph_node_names
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
@@ -69,7 +71,7 @@ PARAMETERS = {  # with 1000 classes; those of generations 4 and 6 are the publis
 
 def test_importing_the_package_registers_its_models() -> None:
     nano = {f"vrwkv{g}_nano_patch4_28" for g in ("", "6", "7")}
-    small = {"test_vrwkv", "test_vrwkv_large", "test_vrwkv6", "test_vrwkv7"}
+    small = {f"test_vrwkv{kind}" for kind in ("", "_large", "_2d", "6", "7")}
     assert set(PARAMETERS) | nano | small == set(MODELS)
     assert isinstance(timm.create_model("test_vrwkv"), rwkv_vision.VRWKV)
 
@@ -352,10 +354,24 @@ def test_every_pixel_is_seen_everywhere(name: str, depth: int) -> None:
         assert ((model.forward_features(other) - y).abs().amax(-1) > 1e-9).all()
 
 
-def test_a_head_for_other_classes_does_not_load_silently() -> None:
-    trained = timm.create_model("test_vrwkv", num_classes=3)
-    with pytest.raises(RuntimeError, match=r"head\.fc\.weight.*\[3, 32\].*\[5, 32\]"):
-        timm.create_model("test_vrwkv", num_classes=5).load_state_dict(trained.state_dict())
+def test_a_head_for_other_classes_does_not_load_silently(tmp_path: Path) -> None:
+    weights = timm.create_model("test_vrwkv", num_classes=3).state_dict()
+    message = r"head\.fc\.weight tells 3 classes apart, the model 5\. .*reset_classifier\(5\)"
+    with pytest.raises(CheckpointError, match=message):
+        timm.create_model("test_vrwkv", num_classes=5).load_state_dict(weights)
+    # what it says works
+    path = tmp_path / "three.safetensors"
+    save_file(weights, path)
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
+    for model in (
+        timm.create_model("test_vrwkv", num_classes=3),
+        timm.create_model("test_vrwkv", num_classes=5, **options),
+    ):
+        if model.num_classes == 3:
+            model.load_state_dict(weights)
+            model.reset_classifier(5)
+        assert model.head.fc.weight.shape == (5, 32)
+        assert torch.equal(model.patch_embed.proj.weight, weights["patch_embed.proj.weight"])
 
 
 def test_decay_out_of_range_is_refused_on_loading_and_named() -> None:

@@ -3,6 +3,7 @@
 
 #include "bi_wkv.h"
 #include "gemv.h"
+#include "grid_mix.h"
 #include "rwkv7_layer.h"
 #include "token7.h"
 #include "token_mix.h"
