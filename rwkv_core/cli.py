@@ -165,7 +165,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub.add_argument(
         "--quantize",
         metavar="SCHEME",
-        help="fp16, int8, int8-dynamic or int4; refused if held-out data shows that it costs much",
+        help="fp16, int8, int8-dynamic, int4, int4-16; refused if it costs much on held-out data",
     )
     sub.add_argument("--data", help="held-out data for that (default: the model's own)")
     sub.add_argument(

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 # random weights say nothing about quality: what is measured here is that it is measured
 LOOSE = Bounds(kl=10.0, perplexity_ratio=100.0, top1=0.0, greedy=0.0)
-SIZE = {"fp16": 0.60, "int8": 0.36, "int8-dynamic": 0.36, "int4": 0.28}
+SIZE = {"fp16": 0.60, "int8": 0.36, "int8-dynamic": 0.36, "int4": 0.28, "int4-16": 0.31}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,24 @@ def test_a_matrix_with_outliers_gets_more_bits(exported):
             if a.name == "bits"}  # fmt: skip
     assert bits == {8}
     assert {a.i for n in nodes for a in n.attribute if a.name == "accuracy_level"} == {4}
+
+
+def test_the_command_quantises_on_held_out_data_of_the_models_own(tmp_path, capsys):
+    from rwkv_core.cli import main
+
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, again and again. " * 200)
+    config = TextConfig(dim=64, depth=1, mixer_options={"head_dim": 32}, data=str(text))
+    model = checkpoint.build("text", config)
+    perturb(model, 0.05)
+    checkpoint.save(model, tmp_path / "model")
+    folders = [str(tmp_path / "model"), str(tmp_path / "out")]
+    flags = ["--steps", "4", "--quantize", "int8"]
+    assert main(["export", *folders, *flags]) == 0
+    assert "matrices in int8: KL " in capsys.readouterr().out
+    assert main(["verify", folders[1]]) == 0
+    assert main(["export", *folders, *flags]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_unknown_schemes_and_empty_data(exported, tokens, tmp_path):

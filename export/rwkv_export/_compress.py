@@ -52,7 +52,8 @@ def compress(
     Args:
         source: a folder that ``export`` wrote.
         folder: where; must not exist.
-        scheme: ``"fp16"``, ``"int8"``, ``"int8-dynamic"`` or ``"int4"``; see ``quantize.py``.
+        scheme: ``"fp16"``, ``"int8"``, ``"int8-dynamic"``, ``"int4"`` or ``"int4-16"``; see
+            ``quantize.py``.
         data: tokens [N, T] of held-out text, or inputs of a whole-input graph [N, ...].
         labels: right classes of the inputs [N].
         bounds: None takes ``gate.BOUNDS`` of the scheme.

@@ -10,7 +10,7 @@ import numpy as np
 from rwkv_export.manifest import GraphInfo
 from rwkv_export.runtime import Runtime
 
-__all__ = ["Speed", "measure"]
+__all__ = ["Speed", "jobs", "measure"]
 
 ROUNDS = 5
 
@@ -45,19 +45,24 @@ def measure(runtime: Runtime, *, tokens: int = 64, prompt: int = 256) -> list[Sp
         tokens: decoded per round, one after the other.
         prompt: length that is read at once.
     """
-    jobs = {name: _job(runtime, name, tokens, prompt) for name in runtime.graphs}
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-    for call, _ in jobs.values():
+    calls = jobs(runtime, tokens, prompt)
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for call, _ in calls.values():
         call()
     for _ in range(ROUNDS):
-        for name, (call, _) in jobs.items():
+        for name, (call, _) in calls.items():
             wall, cpu = time.perf_counter(), time.process_time()
             call()
             seen[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return [
         Speed(name, n, *(statistics.median(times) for times in zip(*seen[name], strict=True)))
-        for name, (_, n) in jobs.items()
+        for name, (_, n) in calls.items()
     ]
+
+
+def jobs(runtime: Runtime, tokens: int, prompt: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Return graph → what to time, and how many tokens or pictures it takes in."""
+    return {name: _job(runtime, name, tokens, prompt) for name in runtime.graphs}
 
 
 def _job(runtime: Runtime, name: str, tokens: int, prompt: int) -> tuple[Callable[[], Any], int]:

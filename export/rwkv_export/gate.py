@@ -81,6 +81,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "int8": Bounds(kl=2e-4, top1=0.99, greedy=0.96),
     "int8-dynamic": Bounds(kl=5e-3),
     "int4": Bounds(kl=5e-3),
+    "int4-16": Bounds(kl=5e-3),
 }
 
 

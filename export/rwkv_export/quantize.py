@@ -5,20 +5,20 @@
     int8-dynamic  8 bits per column, activations quantised whole: best at reading long prompts, and
                   what onnxruntime's web build runs fast
     int4          4 bits in blocks of 32, embedding and head included; what rounds badly gets 8
+    int4-16       the same in blocks of 16: 5 to 10 % larger, a third closer
 
 Both recurrent graphs get the same weights and go on sharing them. What stays as it is: vectors, the
 recurrence, and matrices smaller than 64 × 64.
 """
 
+import functools
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rwkv_core.errors import ExportError, did_you_mean
@@ -95,9 +95,10 @@ def _fp16(model: ModelProto, wanted: list[str]) -> ModelProto:
     return result
 
 
-def _int4(model: ModelProto, wanted: list[str]) -> ModelProto:
+def _int4(model: ModelProto, wanted: list[str], block: int = BLOCK) -> ModelProto:
     rough = outliers(model, wanted)
-    model = _blocks(model, [name for name in wanted if name not in rough], bits=4)
+    fine = [name for name in wanted if name not in rough]
+    model = _blocks(model, fine, bits=4, block=block)
     return _blocks(model, rough, bits=8)
 
 
@@ -128,7 +129,7 @@ def rounding_error(matrix_KN: np.ndarray, bits: int) -> float:
     return float(np.square(rounded - blocks).mean()) ** 0.5 / typical if typical else 0.0
 
 
-def _blocks(model: ModelProto, wanted: list[str], *, bits: int) -> ModelProto:
+def _blocks(model: ModelProto, wanted: list[str], *, bits: int, block: int = BLOCK) -> ModelProto:
     """Quantise in blocks: MatMul → MatMulNBits, Gather → GatherBlockQuantized.
 
     The quantiser knows rows of a table in 4 bits only; in 8 they are standard operators.
@@ -145,7 +146,7 @@ def _blocks(model: ModelProto, wanted: list[str], *, bits: int) -> ModelProto:
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=bits,
-        block_size=BLOCK,
+        block_size=block,
         is_symmetric=False,
         accuracy_level=INT8_MATMUL,
         nodes_to_exclude=[node.name for node in model.graph.node if node.name not in readers],
@@ -187,29 +188,42 @@ def _rows(model: ModelProto, wanted: list[str]) -> ModelProto:
 
 
 def _dynamic(model: ModelProto, wanted: list[str]) -> ModelProto:
-    """Quantise per column; the activations of a product are quantised when it runs."""
-    import tempfile
+    """Quantise per column, and activations when the graph runs, in standard operators.
 
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    A product becomes DynamicQuantizeLinear, MatMulInteger, Cast and Mul, which onnxruntime makes
+    one node of again; products of the same activations share the first.
+    """
     kinds = matrices(model)
-    model = _rows(model, [name for name in wanted if kinds[name] == "Gather"])
-    nodes = _readers(model, [name for name in wanted if kinds[name] == "MatMul"])
-    functions = list(model.functions)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "model.onnx"
-        quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_quantize=nodes,
-            use_external_data_format=True,
-        )
-        result = onnx.load(path)
-    if not result.functions:
-        result.functions.extend(functions)
+    result = _rows(model, [name for name in wanted if kinds[name] == "Gather"])
+    graph, nodes = result.graph, []
+    tensors = {t.name: t for t in graph.initializer if t.name in wanted}
+    ready: dict[str, list[str]] = {}  # activations → in 8 bits, their scale, their zero
+    for node in graph.node:
+        tensor = tensors.get(node.input[1]) if node.op_type == "MatMul" else None
+        if tensor is None:
+            nodes.append(node)
+            continue
+        (x, weight), (out,) = node.input, node.output
+        if x not in ready:
+            ready[x] = [f"{x}.uint8", f"{x}.scale", f"{x}.zero"]
+            nodes.append(helper.make_node("DynamicQuantizeLinear", [x], ready[x]))
+        matrix = numpy_helper.to_array(tensor)
+        scale_N = np.abs(matrix).max(0) / 127
+        rounded = np.round(matrix / np.where(scale_N == 0, 1, scale_N)).astype(np.int8)
+        names = [f"{weight}.int8", f"{weight}.scale", f"{weight}.zero"]
+        arrays = (rounded, scale_N.astype(np.float32), np.zeros_like(scale_N, np.int8))
+        for name, array in zip(names, arrays, strict=True):
+            graph.initializer.append(numpy_helper.from_array(array, name))
+        x_int8, x_scale, x_zero = ready[x]
+        sums, scale, cast = f"{out}.int32", f"{out}.both_scales", f"{out}.sums"
+        inputs = [x_int8, names[0], x_zero, names[2]]
+        nodes.append(helper.make_node("MatMulInteger", inputs, [sums]))
+        nodes.append(helper.make_node("Cast", [sums], [cast], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [x_scale, names[1]], [scale]))
+        nodes.append(helper.make_node("Mul", [cast, scale], [out]))
+        graph.initializer.remove(tensor)
+    del graph.node[:]
+    graph.node.extend(nodes)
     return result
 
 
@@ -245,4 +259,5 @@ SCHEMES: dict[str, Callable[[ModelProto, list[str]], ModelProto]] = {
     "int8": _int8,
     "int8-dynamic": _dynamic,
     "int4": _int4,
+    "int4-16": functools.partial(_int4, block=16),
 }
