@@ -37,6 +37,7 @@ from rwkv_core.mixers.base import (
 )  # fmt: skip
 from rwkv_core.mixers.rwkv7_token import channel_mix_token, time_mix_token
 from rwkv_core.ops._common import WKVOutput
+from rwkv_core.ops.linear import product
 from rwkv_core.ops.rwkv7_layer import finish7, gates7
 from rwkv_core.ops.squared_relu import squared_relu
 from rwkv_core.ops.token_mix import token_mix
@@ -221,14 +222,14 @@ class TimeMix7(Mixer):
         """Compute what the recurrence reads from the six shifted inputs [..., D] (r w k v a g)."""
         x_r, x_w, x_k, x_v, x_a, x_g = mixed
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        lora_w = torch.tanh(x_w @ self.w1) @ self.w2
-        lora_a = x_a @ self.a1 @ self.a2
-        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        lora_w = product(torch.tanh(product(x_w, self.w1)), self.w2)
+        lora_a = product(product(x_a, self.a1), self.a2)
+        g = product(torch.sigmoid(product(x_g, self.g1)), self.g2)
         mixed_in = None
         if shared.v_first is None:
             shared = shared._replace(v_first=v)
         else:
-            mixed_in = (shared.v_first, x_v @ self.v1 @ self.v2, self.v0)
+            mixed_in = (shared.v_first, product(product(x_v, self.v1), self.v2), self.v0)
         k_k_HK = self.k_k.view_as(self.r_k)
         gates = gates7(lora_w, lora_a, k, v, self.w0, self.a0, k_k_HK, self.k_a, mixed_in)
         w, k, a, b, v = gates

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from rwkv_core.ops.native.library import Library, available, loaded
 
-__all__ = ["linear"]
+__all__ = ["linear", "product"]
 
 BY_ROWS, BY_COLUMNS = 0, 1  # how a matrix lies in memory, as in gemv.h
 FORMATS = {torch.float32: 0, torch.bfloat16: 2}
@@ -33,12 +33,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return F.linear(x, weight)
-    rows, columns = weight.shape
     form = _form(x, weight)
     if form is None:
-        # torch multiplies bf16 by columns up to 15 times as slowly as by rows
-        is_slow = x.dtype == torch.bfloat16 and weight.is_cpu and weight.stride() == (1, rows)
-        return F.linear(x, weight.contiguous() if is_slow else weight)
+        if _is_slow(x, weight):
+            return F.linear(x.float(), weight.float()).to(x.dtype)
+        return F.linear(x, weight)
+    rows, columns = weight.shape
     library = loaded()
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
@@ -46,6 +46,26 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if _gemv(library)(library._parallel, form, rows, columns, *addresses):
         raise MemoryError("native linear: no memory for the workspace")
     return y
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``x @ matrix``: x [..., in], matrix [in, out] → [..., out]."""
+    if type(x) is Tensor and not is_watched() and _is_slow(x, matrix):
+        return (x.float() @ matrix.float()).to(x.dtype)
+    return x @ matrix
+
+
+def _is_slow(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether torch would multiply bf16 one number at a time, several times as slowly as fp32.
+
+    It does without AVX-512 and the like; a weight is widened in far less time than it is used.
+    """
+    return x.dtype == weight.dtype == torch.bfloat16 and weight.is_cpu and not _has_bf16_kernels()
+
+
+@functools.lru_cache(maxsize=1)
+def _has_bf16_kernels() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _form(x: Tensor, weight: Tensor) -> int | None:
