@@ -90,8 +90,6 @@ class ExportSpec:
             None repeats the example's values in random order.
         sizes: settings of the free dimensions to verify at; empty is the example's and twice that.
         tolerance: largest disagreement allowed, relative to the largest value.
-        optional: a graph that cannot be written is left out with a line in the log; one that
-            disagrees is still an error.
     """
 
     name: str
@@ -103,7 +101,6 @@ class ExportSpec:
     sample: Callable[[np.random.Generator, Mapping[str, int]], Arrays] | None = None
     sizes: tuple[Mapping[str, int], ...] = ()
     tolerance: float = 2e-5
-    optional: bool = False
 
 
 class Adapter(Protocol):

@@ -10,12 +10,14 @@ import torch
 from rwkv_export import reference
 from rwkv_export._compress import compress
 from rwkv_export.gate import Bounds, compare_answers
+from rwkv_export.heldout import held_out
 from rwkv_export.quantize import layers_of, matrices, outliers, quantized
 
 from rwkv_core import checkpoint
 from rwkv_core.errors import ExportError
 from rwkv_core.testing import perturb
 from rwkv_text import TextConfig
+from rwkv_vision.config import ClassifyConfig
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +146,41 @@ def test_the_command_quantises_on_held_out_data_of_the_models_own(tmp_path, caps
     assert main(["verify", folders[1]]) == 0
     assert main(["export", *folders, *flags]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_classifier_passes_the_gate_or_names_what_it_lost(paint, tmp_path):
+    config = ClassifyConfig(
+        model="test_vrwkv",
+        model_options={"embed_dim": 64, "depth": 1, "patch_size": 4},
+        data=str(paint(tmp_path / "colors")),
+        image_size=(12, 8),
+        batch_size=4,
+    )
+    torch.manual_seed(0)
+    model = checkpoint.build("classify", config)
+    perturb(model, 0.05)
+    rwkv_export.export(model.eval(), tmp_path / "whole")
+    images, labels = held_out(model)
+    assert len(images) == len(labels) > 1
+    made = compress(tmp_path / "whole", tmp_path / "small", "int8", images, labels=labels,
+                    bounds=LOOSE)  # fmt: skip
+    assert made.matrices >= 4
+    before, after = (
+        rwkv_export.load(tmp_path / name)("image", {"image": images})["logits"].argmax(-1)
+        for name in ("whole", "small")
+    )
+    assert made.quality.drop == (before == labels).mean() - (after == labels).mean()
+    # right is what the model answers; so an answer that changes is one that was lost
+    strict = Bounds(kl=10.0, perplexity_ratio=100.0, top1=0.0, greedy=0.0, drop=-0.5)
+    with pytest.raises(ExportError, match=r"int8 is refused: accuracy .* lower. What costs most"):
+        compress(tmp_path / "whole", tmp_path / "no", "int8", images, labels=before, bounds=strict)
+    # without classes there is a file without NaN
+    compress(tmp_path / "whole", tmp_path / "unlabelled", "int8", images, bounds=LOOSE)
+    said = json.loads(
+        (tmp_path / "unlabelled/parity.json").read_text(), parse_constant=lambda name: 1 / 0
+    )
+    assert "kl" in said["quantization"]["quality"]
+    assert "loss" not in said["quantization"]["quality"]
 
 
 def test_unknown_schemes_and_empty_data(exported, tokens, tmp_path):

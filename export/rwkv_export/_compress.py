@@ -165,15 +165,14 @@ def _certify(
     files = {**manifest.files, name: sha256(folder / name)}
     dataclasses.replace(manifest, files=files).write(folder)
     parity = json.loads((before.folder / PARITY).read_text())
+    figures = {**dataclasses.asdict(quality), "perplexity_ratio": quality.perplexity_ratio}
     parity["quantization"] = {
         "scheme": scheme,
         "matrices": count,
         "kept": sorted(keep),
-        "quality": {
-            **dataclasses.asdict(quality),
-            "perplexity_ratio": quality.perplexity_ratio,
-        },
-        "bounds": dataclasses.asdict(bounds),
+        # without labels there is no loss, some bounds are infinite: JSON has no words for either
+        "quality": {name: value for name, value in figures.items() if np.isfinite(value)},
+        "bounds": {n: x for n, x in dataclasses.asdict(bounds).items() if np.isfinite(x)},
         "of": sha256(before.folder / MANIFEST),
     }
     (folder / PARITY).write_text(json.dumps(parity, indent=2) + "\n")

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from rwkv_export.verify import HANDOVER, compare, compare_handover
 from rwkv_export.weights import WEIGHTS, WeightFile
 
 __all__ = ["STEPS", "Report", "export"]
-
-logger = logging.getLogger(__name__)
 
 STEPS = (1, 16, 256, 4096)
 
@@ -89,14 +86,14 @@ def export(
             for file, content in portable(model)[1].items():
                 made.add_file(file, content)
             for spec in specs:
-                if made.add_graph(spec, lane):
-                    # at once, so that what is wrong ends before the next graph is traced
-                    made.rows[spec.name] = compare(spec, run, made.runtime(), steps=steps)
-                    made.recorded |= reference.record(spec, run)
+                made.add_graph(spec, lane)
+                # at once, so that what is wrong ends before the next graph is traced
+                made.rows[spec.name] = compare(spec, run, made.runtime(), steps=steps)
+                made.recorded |= reference.record(spec, run)
             for at_once in {"prefill", "chunk"} & made.graphs.keys():
                 pair = (run.graphs["step"], run.graphs[at_once])
                 made.rows[f"{at_once} = step"] = compare_handover(*pair, made.runtime())
-            bounds = {s.name: s.tolerance for s in specs if s.name in made.graphs}
+            bounds = {s.name: s.tolerance for s in specs}
             made.add_file(reference.REFERENCE, reference.encode(made.recorded, bounds))
             made.runtime()
             between = {name: HANDOVER for name in made.rows if name not in bounds}
@@ -151,16 +148,10 @@ class _Made:
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.recorded: dict[str, np.ndarray] = {}
 
-    def add_graph(self, spec: ExportSpec, lane: str) -> bool:
-        """Write a graph and describe it; False if it is optional and cannot be written."""
+    def add_graph(self, spec: ExportSpec, lane: str) -> None:
+        """Write a graph and describe it."""
         path = self.folder / f"{spec.name}.onnx"
-        try:
-            proto = write_onnx(spec, path, weights=self.weights, lane=lane)
-        except ExportError as error:
-            if not spec.optional:
-                raise
-            logger.warning("left out: %s", error)
-            return False
+        proto = write_onnx(spec, path, weights=self.weights, lane=lane)
         self.nodes[spec.name] = sum(nodes_per_op(proto).values())
         starts = {}
         for name, array in spec.state.items():
@@ -169,7 +160,6 @@ class _Made:
                 content = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"))
                 self.add_file(starts[name], content.tobytes())
         self.graphs[spec.name] = _describe(spec, path, proto, starts)
-        return True
 
     def add_file(self, name: str, content: bytes | None = None) -> None:
         """Note a file of the folder, after writing it if its content is given."""
