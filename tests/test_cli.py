@@ -64,7 +64,7 @@ def test_help_lists_every_verb(capsys):
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
-        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["train", "--stp", "3"], "unknown argument '--stp'; did you mean '--set'"),
         (["train", "txet"], "unknown recipe 'txet'; did you mean 'text'"),
         (["train"], "which recipe? registered: "),

@@ -215,7 +215,7 @@ def test_nan_weights_are_refused(model, tmp_path):
     spoiled = copy.deepcopy(model)
     with torch.no_grad():
         spoiled.backbone.blocks[1].time_mix.w0[3] = float("nan")
-    with pytest.raises(ExportError, match="disagrees with PyTorch"):
+    with pytest.raises(ExportError, match=r"blocks.1.time_mix.w0 holds values that are not finite"):
         rwkv_export.export(spoiled, tmp_path / "out", steps=(1,))
     assert not list(tmp_path.iterdir())
 
@@ -229,6 +229,7 @@ def test_a_mixer_that_does_not_export_says_so_before_it_starts(model, tmp_path, 
         rwkv_export.export(model, tmp_path / "out")
 
 
+@pytest.mark.slow  # traces again
 def test_an_operation_without_translation_is_named(model, tmp_path, monkeypatch):
     mixer = type(model.backbone.blocks[0].channel_mix)
 
@@ -387,6 +388,7 @@ def test_a_state_of_another_model_is_refused(exported, model, tmp_path):
         runtime("step", {"tokens": np.array([[33]]), **alien})
 
 
+@pytest.mark.slow  # traces again
 def test_two_exports_in_one_process_are_the_same_file(model, exported, tmp_path):
     from rwkv_export.onnx import write_onnx
     from rwkv_export.weights import WeightFile

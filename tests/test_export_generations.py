@@ -16,9 +16,8 @@ DEPTH = 3
 NODES = {"rwkv4": 55, "rwkv5": 46, "rwkv6": 63}  # of one layer
 
 
-@pytest.mark.parametrize(
-    "mixer", [pytest.param(m, marks=[] if m == "rwkv6" else pytest.mark.slow) for m in NODES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", NODES)
 def test_a_step_of_every_generation_is_proven_and_runs_alone(mixer, tmp_path):
     known = MIXERS[mixer].options()
     options = {"head_dim": 32} if "head_dim" in known else {}

@@ -186,9 +186,8 @@ def check_dynamic_file(module: nn.Module, patch: int, path: Path) -> None:
                 np.testing.assert_allclose(y, e, rtol=0, atol=1e-5 * np.abs(e).max())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("test_vrwkv_large", marks=pytest.mark.slow), "test_vrwkv6", "test_vrwkv7"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vrwkv_large", "test_vrwkv6", "test_vrwkv7"])
 def test_one_file_serves_every_size_logits_and_features(name: str, tmp_path: Path) -> None:
     net = timm.create_model(name, depth=2)
     perturb(net, 0.05)

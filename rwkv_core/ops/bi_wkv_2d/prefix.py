@@ -44,7 +44,7 @@ def bi_wkv_2d_prefix(
 def _others(w_X: Tensor, x_BATX: Tensor) -> Tensor:
     """Return for every token the sum over the others on axis T, each times e^{-w·distance/T}."""
     count_T1 = torch.ones_like(x_BATX[0, 0, :, :1]).cumsum(0)  # asks for no size as a number
-    position_T1 = count_T1 - (count_T1[:1] + count_T1[-1:]) / 2
+    position_T1 = count_T1 - (1 + count_T1.amax(0, keepdim=True)) / 2
     grow_TX = torch.exp(position_T1 * (w_X / x_BATX.shape[2]))
     shrink_TX = grow_TX.reciprocal()
     past = (grow_TX * x_BATX).cumsum(2)
