@@ -1,0 +1,265 @@
+"""Exported folders in other languages' hosts: the same tokens, text and classes as in Python."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rwkv_export
+import torch
+from PIL import Image
+
+from rwkv_core import checkpoint
+from rwkv_core.testing import perturb
+from rwkv_text import TextConfig, host
+from rwkv_text.sampling import Sampler
+from rwkv_text.tokenizer import tokenizer
+from rwkv_text.vocabulary import package_file
+from rwkv_vision.config import ClassifyConfig
+from rwkv_vision.host import FILTERS, decode, preprocess
+
+pytestmark = pytest.mark.slow
+
+RUNTIMES = Path(__file__).parents[1] / "export" / "runtimes"
+PROMPT = "The state is a matrix: größer, 状態, 🙂.  1,024\t"
+TOKENS = 64
+
+
+def greedy(folder: Path, count: int = TOKENS) -> list[int]:
+    """Return what Python's runtime writes greedily after the prompt."""
+    runtime = rwkv_export.load(folder, threads=1)
+    name, rows = runtime.metadata["tokenizer"], runtime.metadata["vocab_size"]
+    tok = tokenizer(name, beside=folder, rows=rows)
+    known = tok.byte_lengths() > 0
+    known[0] = True
+    sampler = Sampler(temperature=0)
+    return list(host.stream_tokens(runtime, tok.encode(PROMPT), sampler, count, known))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return exported language models by what is special about them."""
+    folder = tmp_path_factory.mktemp("texts")
+    configs = {"bytes": TextConfig(dim=64, depth=2, mixer_options={"head_dim": 32})}
+    if vocabulary := package_file():
+        path = shutil.copy(vocabulary, folder / "rwkv_vocab_v20230424.txt")
+        configs["world"] = TextConfig(
+            dim=32, depth=1, tokenizer=str(path), vocab_size=65536, mixer_options={"head_dim": 32}
+        )
+    for name, config in configs.items():
+        torch.manual_seed(1)
+        model = checkpoint.build("text", config)
+        perturb(model, 0.3)
+        lane = "chunk" if name == "world" else "scan"
+        rwkv_export.export(model, folder / name, steps=(1, 16), lane=lane)
+    return {name: folder / name for name in configs}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return pictures of several kinds: colour, transparent, grey, of a phone held sideways."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    color = rng.integers(0, 256, (37, 50, 3), np.uint8)
+    Image.fromarray(color).save(folder / "color.png")
+    clear = rng.integers(0, 256, (20, 8, 4), np.uint8)
+    Image.fromarray(clear).save(folder / "clear.png")
+    Image.fromarray(color[..., 0]).save(folder / "grey.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(color).save(folder / "turned.png", exif=turned)
+    return [folder / f"{name}.png" for name in ("color", "clear", "grey", "turned")]
+
+
+@pytest.fixture(scope="module")
+def classifiers(
+    paint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Return exported classifiers: one in colour and bicubic, one in grey and bilinear."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    data = paint(folder / "colors")
+    kinds = {"color": (3, "bicubic"), "grey": (1, "bilinear")}
+    for name, (channels, interpolation) in kinds.items():
+        config = ClassifyConfig(
+            model="test_vrwkv",
+            model_options={"embed_dim": 16, "depth": 1, "patch_size": 4},
+            data=str(data),
+            image_size=(12, 16),
+            channels=channels,
+            interpolation=interpolation,
+            mean=(0.4, 0.5, 0.6)[:channels],
+            std=(0.2, 0.25, 0.3)[:channels],
+        )
+        model = checkpoint.build("classify", config)
+        perturb(model, 0.3)
+        rwkv_export.export(model.eval(), folder / name)
+    return {name: folder / name for name in kinds}
+
+
+@pytest.fixture(scope="module")
+def node() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return ``node(*arguments)``, which runs Node in the folder of the desktop host."""
+    folder = RUNTIMES / "node"
+    if not (program := shutil.which("node")):
+        pytest.skip("Node.js is not installed")
+    if not (folder / "node_modules").is_dir():
+        pytest.skip(f"run `npm ci` in {folder}, or `make test-web`")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run([program, *arguments], cwd=folder, capture_output=True, timeout=120)
+        # as it is: text mode would make one newline of each kind
+        return subprocess.CompletedProcess(
+            result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
+        )
+
+    return run
+
+
+def script(node: Callable[..., subprocess.CompletedProcess[str]], code: str, *given: object) -> str:
+    """Return what a module prints that finds ``given`` in ``given``."""
+    code = f"const given = {json.dumps(given)};\n{code}"
+    result = node("--input-type=module", "--eval", code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+TOKENS_IN_NODE = """
+import { open } from './model.mjs';
+const [folder, prompt, maxTokens] = given;
+const model = await open(folder, { threads: 1 });
+const ids = [];
+for await (const id of model.tokens(prompt, { temperature: 0, maxTokens })) ids.push(id);
+console.log(JSON.stringify(ids));
+"""
+
+
+@pytest.mark.parametrize("name", ["bytes", "world"])
+def test_node_writes_the_tokens_that_python_writes(texts, node, name):
+    if name not in texts:
+        pytest.skip("the World vocabulary is not installed: pip install 'rwkv-toolkit[world]'")
+    expected = greedy(texts[name])
+    assert len(expected) == TOKENS and len(set(expected)) > 4  # no constant answer
+    assert json.loads(script(node, TOKENS_IN_NODE, str(texts[name]), PROMPT, TOKENS)) == expected
+    arguments = ["--temperature", "0", "--max-tokens", str(TOKENS), "--threads", "1"]
+    result = node("main.mjs", str(texts[name]), PROMPT, *arguments)
+    text = rwkv_export.load(texts[name], threads=1).generate(
+        PROMPT, temperature=0, max_tokens=TOKENS
+    )
+    assert result.stdout == text + "\n", result.stderr
+
+
+@pytest.mark.parametrize("name", ["color", "grey"])
+def test_node_sees_the_pixels_and_names_the_class_that_python_does(
+    classifiers, pictures, node, name
+):
+    folder = classifiers[name]
+    runtime = rwkv_export.load(folder, threads=1)
+    result = node("main.mjs", str(folder), *map(str, pictures))
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    expected = runtime.predict(pictures)
+    assert [row[:2] for row in rows] == [
+        [str(path), p.label] for path, p in zip(pictures, expected, strict=True)
+    ], result.stderr
+    confidences = [float(row[2]) for row in rows]
+    np.testing.assert_allclose(confidences, [p.confidence for p in expected], atol=2e-3)
+
+
+PIXELS_IN_NODE = """
+import { fromRgba, preprocess } from '../common/vision.mjs';
+const [pictures, metadata] = given;
+console.log(JSON.stringify(pictures.map(([width, height, rgba]) => {
+  const picture = fromRgba(Uint8Array.from(rgba), width, height, metadata.channels);
+  return [...preprocess(picture, metadata).data];
+})));
+"""
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(12, 16), (41, 100), (37, 9)])
+def test_the_hosts_resize_as_pillow_does_to_the_byte(pictures, node, interpolation, size):
+    metadata = {
+        "image_size": size,
+        "interpolation": interpolation,
+        "channels": 3,
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.3],
+    }
+    raw = [Image.open(path).convert("RGBA") for path in pictures[:3]]
+    given = [[*p.size, np.asarray(p).ravel().tolist()] for p in raw]
+    got = json.loads(script(node, PIXELS_IN_NODE, given, metadata))
+    for path, values in zip(pictures[:3], got, strict=True):
+        # Pillow chooses which axis comes first, for a last bit; the hosts begin with the rows
+        picture = decode(path, 3)
+        rows = picture.resize((size[1], picture.height), FILTERS[interpolation])
+        expected = preprocess(rows, metadata)
+        assert np.array_equal(np.array(values, np.float32), expected.ravel()), path
+
+
+ENCODE_IN_NODE = """
+import { readFileSync } from 'node:fs';
+import { PileTokenizer } from '../common/pile.mjs';
+const [path, texts] = given;
+const tokenizer = new PileTokenizer(readFileSync(path, 'utf8'));
+console.log(JSON.stringify(texts.map((text) => tokenizer.encode(text))));
+"""
+
+
+def test_node_reads_byte_level_bpe_as_tokenizers_does(node, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator([Path(__file__).read_text()], trainer)
+    bpe.add_tokens(["  ", "    "])
+    path = tmp_path / "20B_tokenizer.json"
+    bpe.save(str(path))
+    given = [
+        PROMPT,
+        "it's we'll    def f(x):\n\n    return  x",
+        "e\u0301t\u00e9 \u00bd\u00a0\n",
+        "",
+    ]
+    expected = [bpe.encode(text, add_special_tokens=False).ids for text in given]
+    assert json.loads(script(node, ENCODE_IN_NODE, str(path), given)) == expected
+
+
+@pytest.mark.parametrize("file", ["weights.bin", "step.onnx"])
+def test_node_refuses_a_folder_that_was_edited_by_a_byte(texts, node, tmp_path, file):
+    folder = shutil.copytree(texts["bytes"], tmp_path / "edited")
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+    result = node("main.mjs", str(folder), "x")
+    assert result.returncode == 1
+    assert f"{file} is not the file that was exported" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "usage: node main.mjs FOLDER"),
+        (["missing", "x"], "this is not an exported model"),
+        (["FOLDER", "a\0b"], "NUL"),
+        (["FOLDER", "x", "--top-p", "0"], r"top-p must be in (0, 1], got 0"),
+        (["FOLDER", "x", "--seed", "s"], "--seed takes a number, got s"),
+        (["FOLDER", "x", "--sed", "1"], "Unknown option '--sed'"),
+    ],
+)
+def test_node_says_what_is_wrong(texts, node, arguments, error):
+    if any("\0" in argument for argument in arguments):
+        code = "import('./model.mjs').then(async (m) => { for await (const _ of (await m.open("
+        code += f"{json.dumps(str(texts['bytes']))})).tokens('a\\0b')); }})"
+        result = node("--eval", code)
+    else:
+        given = [str(texts["bytes"]) if a == "FOLDER" else a for a in arguments]
+        result = node("main.mjs", *given)
+    assert result.returncode == 1
+    assert error in result.stderr
