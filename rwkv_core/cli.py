@@ -171,6 +171,11 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub.add_argument(
         "--keep", action="append", default=[], help="layer to leave as it is; may be repeated"
     )
+    sub.add_argument(
+        "--mobile",
+        action="store_true",
+        help="for phones: onnxruntime's own format, operators that NNAPI and CoreML have",
+    )
 
     sub = verb(
         _verify,
@@ -379,9 +384,12 @@ def _export(args: argparse.Namespace) -> None:
 
     exporter = importlib.import_module("rwkv_export")
     steps = [n for n in (1, 16, 256) if n < args.steps] + [args.steps]
+    if args.mobile and args.quantize:
+        raise RWKVError("--mobile and --quantize do not go together; choose one")
     model = checkpoint.load(args.path)
     if not args.quantize:
-        report = exporter.export(model, args.out, steps=steps)
+        lane = "mobile" if args.mobile else "scan"
+        report = exporter.export(model, args.out, steps=steps, lane=lane)
         print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
         return
     if args.out.exists():

@@ -175,6 +175,14 @@ def test_a_full_disk_is_one_line(capsys, saved, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_export_for_phones_does_not_quantise(capsys, saved, tmp_path):
+    flags = ["--mobile", "--quantize", "int8"]
+    status, _, err = run(capsys, "export", saved, str(tmp_path / "out"), *flags)
+    assert status == 2
+    assert "--mobile and --quantize do not go together" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_outside_training_is_quiet(capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     status, _, err = run(capsys, "info", "anything")

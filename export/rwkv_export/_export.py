@@ -23,6 +23,7 @@ from rwkv_core.errors import ExportError
 from rwkv_core.run import TorchRun
 from rwkv_export import reference
 from rwkv_export.manifest import PARITY, GraphInfo, Manifest, TensorInfo, sha256
+from rwkv_export.mobile import fixed, for_one, to_ort
 from rwkv_export.onnx import OPSET, nodes_per_op, write_onnx
 from rwkv_export.recurrences import CHUNK
 from rwkv_export.runtime import Runtime
@@ -57,7 +58,9 @@ def export(
         lane: what the recurrences of sequences are made of: ``"scan"``, standard operators alone;
             ``"linear_attention"``, the operator of onnxruntime ≥ 1.25.1 with a fallback in the same
             file; ``"chunk"``, a graph ``chunk`` in place of ``prefill``, which reads exactly 16
-            tokens of one sequence and has neither ``Scan`` nor free dimensions.
+            tokens of one sequence and has neither ``Scan`` nor free dimensions; ``"mobile"``, the
+            domain's first graph alone, for one input of one size, in the format of onnxruntime's
+            builds for phones (``mobile.py``).
 
     Raises:
         ExportError: an operation without translation, a mixer that does not export, a disagreement
@@ -71,6 +74,9 @@ def export(
     for path, module in model.named_modules():
         if not getattr(module, "exportable", True):
             raise ExportError(f"{path} ({type(module).__name__}) does not export to ONNX")
+    for path, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ExportError(f"{path} holds values that are not finite numbers; nothing to export")
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
         model = copy.deepcopy(model).cpu().float()
     was_training = model.training
@@ -79,6 +85,8 @@ def export(
         specs = adapter.exports(model)
         if lane == "chunk":
             specs = [_chunk(s) if s.name == "prefill" else s for s in specs]
+        if lane == "mobile":
+            specs = [for_one(specs[0])]
         metadata = adapter.metadata(model)
         run = TorchRun(model, specs, metadata)
         with atomic_folder(folder) as temporary:
@@ -93,6 +101,9 @@ def export(
             for at_once in {"prefill", "chunk"} & made.graphs.keys():
                 pair = (run.graphs["step"], run.graphs[at_once])
                 made.rows[f"{at_once} = step"] = compare_handover(*pair, made.runtime())
+            if lane == "mobile":
+                for file, content in made.phones.items():
+                    made.add_file(file, content)
             bounds = {s.name: s.tolerance for s in specs}
             made.add_file(reference.REFERENCE, reference.encode(made.recorded, bounds))
             made.runtime()
@@ -109,13 +120,7 @@ def export(
 
 def _chunk(spec: ExportSpec) -> ExportSpec:
     """Return the graph over a sequence as one over exactly ``CHUNK`` tokens of one sequence."""
-    sizes = {"batch": 1, "time": CHUNK, "rows": 1}
-    inputs = {}
-    for name, array in spec.inputs.items():
-        axes = {axis: sizes[dim] for axis, dim in spec.dynamic.get(name, {}).items()}
-        shape = [axes.get(axis, size) for axis, size in enumerate(array.shape)]
-        inputs[name] = np.zeros(shape, array.dtype)
-    return dataclasses.replace(spec, name="chunk", inputs=inputs, dynamic={}, sizes=(sizes,))
+    return dataclasses.replace(fixed(spec, {"batch": 1, "time": CHUNK, "rows": 1}), name="chunk")
 
 
 def certificate() -> dict[str, Any]:
@@ -147,11 +152,14 @@ class _Made:
         self.nodes: dict[str, int] = {}
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.recorded: dict[str, np.ndarray] = {}
+        self.phones: dict[str, bytes] = {}
 
     def add_graph(self, spec: ExportSpec, lane: str) -> None:
         """Write a graph and describe it."""
         path = self.folder / f"{spec.name}.onnx"
         proto = write_onnx(spec, path, weights=self.weights, lane=lane)
+        if lane == "mobile":
+            path, self.phones = to_ort(path)
         self.nodes[spec.name] = sum(nodes_per_op(proto).values())
         starts = {}
         for name, array in spec.state.items():

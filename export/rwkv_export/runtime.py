@@ -170,11 +170,15 @@ class Stream:
         self._next = _values(OrtValue, state)
 
     def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
-        """Read ``inputs`` and return the outputs of ``graph``, without its state."""
+        """Read ``inputs`` and return the outputs of ``graph``, without its state.
+
+        Whole numbers may be of any width, such as int64 where a graph for phones takes int32.
+        """
         session, info = self._runtime.session(graph), self._runtime.graphs[graph]
         binding = session.io_binding()
+        dtypes = {t.name: t.dtype for t in info.inputs}
         for name, array in inputs.items():
-            binding.bind_cpu_input(name, array)
+            binding.bind_cpu_input(name, array.astype(dtypes[name], "C", "same_kind", copy=False))
         for name, value in self._now.items():
             binding.bind_ortvalue_input(name, value)
         for name in info.outputs:
