@@ -5,13 +5,15 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+HOSTS := export/runtimes
+WEB := $(HOSTS)/web
 WORKERS ?= --numprocesses=2 --dist=loadfile
 RACES ?= gemv wkv7 native ops training vision big_pictures cifar10 text_inference generations
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench
+.PHONY: help demo test test-all test-web lint bench
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='arguments of the command']"
@@ -25,6 +27,12 @@ test: $(VENV)/.dev $(VENV)/.native ## install, then run the tests
 
 test-all: $(VENV)/.dev $(VENV)/.native ## the same with the slow tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-web: $(VENV)/.dev $(WEB)/node_modules/.done $(HOSTS)/node/node_modules/.done ## the hosts in Node and the browser, with Chromium and npm
+	@command -v chromium >/dev/null || { \
+		echo "test-web needs the program chromium: apt-get install chromium" >&2; exit 1; }
+	cd $(WEB) && npm run build
+	$(BIN)/python -m pytest -m "" tests/test_export_hosts.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(BIN)/ruff check
@@ -46,6 +54,11 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(call install,demo)
+	@touch $@
+
+# npm's packages at the exact versions of the lock file
+$(HOSTS)/%/node_modules/.done: $(HOSTS)/%/package-lock.json $(HOSTS)/%/.npmrc
+	cd $(HOSTS)/$* && npm ci
 	@touch $@
 
 # The native ops are compiled where there is a compiler; nothing depends on that.
