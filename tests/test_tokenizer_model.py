@@ -123,6 +123,9 @@ class Scripted:
     def initial_state(self, graph, batch):
         return {}
 
+    def stream(self, state):
+        return self
+
 
 def test_text_comes_by_characters_and_ends_at_the_boundary(vocabulary):
     half, rest = 1 + TOKENS.index("今".encode()[:2]), 1 + "今".encode()[2]
@@ -217,7 +220,7 @@ def test_an_exported_folder_writes_the_same_text_elsewhere(exported, made, run_p
     folder, (_, expected) = exported, made
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["metadata"]["tokenizer"] == "world"
-    assert list(manifest["files"]) == [FILE]
+    assert FILE in manifest["files"]
     code = f"""
 import sys, rwkv_export
 text = rwkv_export.load({str(folder)!r}).generate("今天 the", **{GREEDY!r})
