@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rwkv_core.ops.grid_mix import Groups, grid_mix, grid_shift
+from rwkv_core.ops.grid_mix import Groups, grid_mix, grid_mix_plain, grid_shift
 
 __all__ = ["QShift"]
 
@@ -11,9 +11,7 @@ __all__ = ["QShift"]
 def _grid_mix(x_BHWC: Tensor, mix_NC: Tensor, groups: Groups, heads: int) -> list[Tensor]:
     """Run the op; TorchScript, which takes no keyword-only arguments, gets its plain operations."""
     if torch.jit.is_scripting():
-        s_BHWC = grid_shift(x_BHWC, groups, heads)
-        d_BHWC = x_BHWC - s_BHWC
-        return [torch.addcmul(s_BHWC, d_BHWC, mix_C) for mix_C in mix_NC.unbind()]
+        return grid_mix_plain(x_BHWC, mix_NC, groups, heads)
     else:
         return list(grid_mix(x_BHWC, mix_NC, groups, heads))
 

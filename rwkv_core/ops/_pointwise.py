@@ -8,6 +8,7 @@ from rwkv_core.ops._common import is_traced
 from rwkv_core.ops.native.library import choose, loaded
 
 BLOCK = 64  # tokens whose parameter gradients are summed together, as in native/src/token_mix.h
+MIXES = 6  # mixtures of one call, at most, as there
 
 
 def is_native(op: str, impl: str, *tensors: Tensor) -> bool:

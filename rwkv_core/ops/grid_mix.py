@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_core.ops._common import differentiable_again, learns
-from rwkv_core.ops._pointwise import is_native
+from rwkv_core.ops._pointwise import MIXES, is_native
 from rwkv_core.ops.native.library import loaded
 
-__all__ = ["grid_mix", "grid_shift"]
-
-MIXES = 6  # at most, as in native/src/token_mix.h
+__all__ = ["grid_mix", "grid_mix_plain", "grid_shift"]
 
 Groups = list[tuple[int, int, int]]
 
@@ -56,19 +54,20 @@ def grid_mix(
         impl: as in :func:`rwkv_core.ops.token_mix`.
     """
     if len(mix_NC) > MIXES or not is_native("grid_mix", impl, x_BHWC, mix_NC):
-        return _plain_mix(x_BHWC, mix_NC, groups, heads)
+        return tuple(grid_mix_plain(x_BHWC, mix_NC, groups, heads))
     run = _GridMix.apply if learns(x_BHWC, mix_NC) else _native
     return run(x_BHWC, mix_NC, torch.tensor(groups * heads))
 
 
-def _plain_mix(x_BHWC: Tensor, mix_NC: Tensor, groups: Groups, heads: int) -> tuple[Tensor, ...]:
+def grid_mix_plain(x_BHWC: Tensor, mix_NC: Tensor, groups: Groups, heads: int) -> list[Tensor]:
+    """Return what :func:`grid_mix` does, in plain operations that script."""
     s_BHWC = grid_shift(x_BHWC, groups, heads)
     d_BHWC = x_BHWC - s_BHWC
-    return tuple(torch.addcmul(s_BHWC, d_BHWC, mix_C) for mix_C in mix_NC.unbind())
+    return [torch.addcmul(s_BHWC, d_BHWC, mix_C) for mix_C in mix_NC.unbind()]
 
 
 def _plain(x_BHWC: Tensor, mix_NC: Tensor, groups_G3: Tensor) -> tuple[Tensor, ...]:
-    return _plain_mix(x_BHWC, mix_NC, groups_G3.tolist(), 1)
+    return tuple(grid_mix_plain(x_BHWC, mix_NC, groups_G3.tolist(), 1))
 
 
 def _sizes(x_BHWC: Tensor, mix_NC: Tensor, groups_G3: Tensor) -> tuple[int, ...]:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from rwkv_core.ops._common import differentiable_again, learns
-from rwkv_core.ops._pointwise import BLOCK, is_native
+from rwkv_core.ops._pointwise import BLOCK, MIXES, is_native
 from rwkv_core.ops.native.library import loaded
 from rwkv_core.ops.shift import token_shift
 
 __all__ = ["token_mix"]
-
-MIXES = 6  # at most, as there
 
 
 def token_mix(
