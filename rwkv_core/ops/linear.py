@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from rwkv_core.ops._common import is_traced
 from rwkv_core.ops.native.library import Library, available, loaded
 
 __all__ = ["linear", "product"]
@@ -31,7 +32,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     latter the native form does not read the columns whose x is 0: an infinite weight among them
     does not become NaN.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if type(x) is not Tensor or is_watched():
         return F.linear(x, weight)
     form = _form(x, weight)
     if form is None:
@@ -78,7 +79,7 @@ def _form(x: Tensor, weight: Tensor) -> int | None:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return None
-    if type(weight) not in (Parameter, Tensor) or not available() or is_watched():
+    if type(weight) not in (Parameter, Tensor) or not available():
         return None
     order = memory_order(weight)
     return None if order is None else order + dtype
@@ -96,11 +97,9 @@ def memory_order(weight: Tensor) -> int | None:
 def is_watched() -> bool:
     """Tell whether a mode of torch would have to see an operation or to change it."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        is_traced()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 
