@@ -60,10 +60,8 @@ class SpatialMix7(TimeMix7):
         self, x_BHWC: Tensor, v_first: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Mix an image of features [B, H, W, C]; ``v_first`` [B, T, C] is None in layer 0."""
-        x_BTD = x_BHWC.flatten(1, 2)
-        d_BTD = self.shift(x_BHWC).flatten(1, 2) - x_BTD
-        mixed = torch.addcmul(x_BTD, d_BTD, self.shift_mix()[:, None, None])
-        p, shared = self.project(mixed.unbind(), Shared(v_first=v_first))
+        mixed = self.shift.mix(x_BHWC, 1 - self.shift_mix())
+        p, shared = self.project([x.flatten(1, 2) for x in mixed], Shared(v_first=v_first))
         rows = [row.squeeze(-2) for row in p[:6]]
         backwards = self.layer % 2 == 1
         y_BTHV = self.read([x.flip(1) for x in rows] if backwards else rows)
@@ -120,4 +118,5 @@ class ImageChannelMix7(ChannelMix7):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:  # type: ignore[override]
         """Mix an image of features [B, H, W, C]."""
-        return self.expand(torch.addcmul(x_BHWC, self.shift(x_BHWC) - x_BHWC, self.x_k))
+        (x_k,) = self.shift.mix(x_BHWC, 1 - self.x_k[None])
+        return self.expand(x_k)
