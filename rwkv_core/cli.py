@@ -176,6 +176,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         action="store_true",
         help="for phones: onnxruntime's own format, operators that NNAPI and CoreML have",
     )
+    sub.add_argument(
+        "--profile", action="append", default=[],
+        help="add a graph for another runtime: genai or transformers; may be repeated",
+    )  # fmt: skip
 
     sub = verb(
         _verify,
@@ -389,14 +393,14 @@ def _export(args: argparse.Namespace) -> None:
     model = checkpoint.load(args.path)
     if not args.quantize:
         lane = "mobile" if args.mobile else "scan"
-        report = exporter.export(model, args.out, steps=steps, lane=lane)
+        report = exporter.export(model, args.out, steps=steps, lane=lane, profiles=args.profile)
         print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
         return
     if args.out.exists():
         raise RWKVError(f"{args.out} exists already; remove it or choose another folder")
     data, labels = importlib.import_module("rwkv_export.heldout").held_out(model, args.data)
     with tempfile.TemporaryDirectory() as folder:
-        whole = exporter.export(model, Path(folder) / "whole", steps=steps)
+        whole = exporter.export(model, Path(folder) / "whole", steps=steps, profiles=args.profile)
         made = exporter.compress(
             whole.folder, args.out, args.quantize, data, labels=labels, keep=args.keep
         )

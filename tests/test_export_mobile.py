@@ -101,7 +101,7 @@ def test_a_step_is_one_part_of_nnapi_and_coreml(mixer, tmp_path, capsys):
     model = checkpoint.build(
         "text", TextConfig(dim=64, depth=2, mixer=mixer, mixer_options=options)
     )
-    perturb(model, 0.3)
+    perturb(model, 0.1)
     checkpoint.save(model, tmp_path / "model")
     folders = [str(tmp_path / "model"), str(tmp_path / "out")]
     assert main(["export", *folders, "--steps", "16", "--mobile"]) == 0

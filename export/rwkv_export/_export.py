@@ -25,6 +25,7 @@ from rwkv_export import reference
 from rwkv_export.manifest import PARITY, GraphInfo, Manifest, TensorInfo, sha256
 from rwkv_export.mobile import fixed, for_one, to_ort
 from rwkv_export.onnx import OPSET, nodes_per_op, write_onnx
+from rwkv_export.profiles import profiled
 from rwkv_export.recurrences import CHUNK
 from rwkv_export.runtime import Runtime
 from rwkv_export.verify import HANDOVER, compare, compare_handover
@@ -47,7 +48,12 @@ class Report:
 
 
 def export(
-    model: nn.Module, folder: str | Path, *, steps: Sequence[int] = STEPS, lane: str = "scan"
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    steps: Sequence[int] = STEPS,
+    lane: str = "scan",
+    profiles: Sequence[str] = (),
 ) -> Report:
     """Write ``model`` as ONNX graphs with manifest, parity report and reference.
 
@@ -61,6 +67,8 @@ def export(
             tokens of one sequence and has neither ``Scan`` nor free dimensions; ``"mobile"``, the
             domain's first graph alone, for one input of one size, in the format of onnxruntime's
             builds for phones (``mobile.py``).
+        profiles: graphs to add for other people's generators: ``"genai"``, ``"transformers"``
+            (``profiles.py``).
 
     Raises:
         ExportError: an operation without translation, a mixer that does not export, a disagreement
@@ -87,11 +95,14 @@ def export(
             specs = [_chunk(s) if s.name == "prefill" else s for s in specs]
         if lane == "mobile":
             specs = [for_one(specs[0])]
-        metadata = adapter.metadata(model)
+        metadata, files = adapter.metadata(model), portable(model)[1]
+        for profile in profiles:
+            added, more = profiled(profile, specs, metadata)
+            specs, files = [*specs, added], {**files, **more}
         run = TorchRun(model, specs, metadata)
         with atomic_folder(folder) as temporary:
             made = _Made(temporary, name, metadata, shared=len(specs) > 1)
-            for file, content in portable(model)[1].items():
+            for file, content in files.items():
                 made.add_file(file, content)
             for spec in specs:
                 made.add_graph(spec, lane)
@@ -106,7 +117,7 @@ def export(
                     made.add_file(file, content)
             bounds = {s.name: s.tolerance for s in specs}
             made.add_file(reference.REFERENCE, reference.encode(made.recorded, bounds))
-            made.runtime()
+            reference.check(made.runtime())  # what `rwkv verify` will ask
             between = {name: HANDOVER for name in made.rows if name not in bounds}
             parity = {**certificate(), "bound": {**bounds, **between}}
             worst = max(max(r["errors"].values()) for rows in made.rows.values() for r in rows)

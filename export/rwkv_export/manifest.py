@@ -12,7 +12,7 @@ import numpy as np
 
 from rwkv_core.errors import ExportError
 
-__all__ = ["MANIFEST", "PARITY", "GraphInfo", "Manifest", "TensorInfo", "sha256"]
+__all__ = ["MANIFEST", "PARITY", "GraphInfo", "Manifest", "TensorInfo", "present", "sha256"]
 
 MANIFEST, PARITY = "manifest.json", "parity.json"
 FORMAT = 1
@@ -32,9 +32,20 @@ class TensorInfo:
     initial: float | str | None = None
 
 
+def present(state: str) -> str:
+    """Return the name of the output that holds a state after the call.
+
+    It is ``<state>_out``; of other people's names, ``past…`` or ``past_key_values…``, ``present…``.
+    """
+    for past in ("past_key_values", "past"):
+        if state.startswith(past):
+            return state.replace(past, "present", 1)
+    return f"{state}_out"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GraphInfo:
-    """One ONNX file. State tensors come in by name and go out, last, as ``<name>_out``."""
+    """One ONNX file. State tensors come in by name and go out last, see :func:`present`."""
 
     file: str
     sha256: str

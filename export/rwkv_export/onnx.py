@@ -17,6 +17,7 @@ from torch import nn
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError
 from rwkv_export.clean import strip
+from rwkv_export.manifest import present
 from rwkv_export.recurrences import functions
 from rwkv_export.traced import as_nodes
 from rwkv_export.weights import WEIGHTS, WeightFile
@@ -32,8 +33,8 @@ def write_onnx(
 ) -> onnx.ModelProto:
     """Trace ``spec.module`` and write it to ``path``; return the model without external data.
 
-    State comes in under its name and goes out as ``<name>_out``, after every other output: the last
-    nodes of the graph write it, so a host may bind both to one buffer.
+    State comes in under its name and goes out (``manifest.present``) after every other output: the
+    last nodes of the graph write it, so a host may bind both to one buffer.
 
     Args:
         spec: the graph.
@@ -73,7 +74,7 @@ def _trace(spec: ExportSpec) -> tuple[torch.onnx.ONNXProgram, dict[str, tuple[in
         torch.from_numpy(_not_one(array, spec.dynamic.get(name, {})))
         for name, array in inputs.items()
     )
-    outputs = [*spec.outputs, *(f"{name}_out" for name in spec.state)]
+    outputs = [*spec.outputs, *map(present, spec.state)]
     dims: dict[str, torch.export.Dim] = {}
     shapes = tuple(
         {

@@ -11,7 +11,7 @@ import numpy as np
 from rwkv_core.adapter import Arrays
 from rwkv_core.errors import ExportError
 from rwkv_core.registry import ADAPTERS
-from rwkv_export.manifest import Manifest, sha256
+from rwkv_export.manifest import Manifest, present, sha256
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -57,7 +57,7 @@ class Runtime:
         info = self.graphs[graph]
         self._check(graph, inputs)
         state = [t.name for t in info.state]
-        wanted = [*info.outputs, *(f"{name}_out" for name in state)]
+        wanted = [*info.outputs, *map(present, state)]
         results = self.session(graph).run(wanted, dict(inputs))
         return dict(zip([*info.outputs, *state], results, strict=True))
 
@@ -184,7 +184,7 @@ class Stream:
         for name in info.outputs:
             binding.bind_output(name)
         for name, value in self._next.items():
-            binding.bind_ortvalue_output(f"{name}_out", value)
+            binding.bind_ortvalue_output(present(name), value)
         session.run_with_iobinding(binding)
         self._now, self._next = self._next, self._now
         outputs = binding.get_outputs()[: len(info.outputs)]
