@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,7 +39,20 @@ class Part(SpatialMix):
         return self.scan.undo(y_BTC, grid).view(v_BHWC.shape)
 
 
-class Previous(nn.Module):
+class Here(nn.Module):
+    """In place of Q-Shift: every patch sees itself."""
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Return the image of features [B, H, W, C] as it is."""
+        return x_BHWC
+
+    def mix(self, x_BHWC: Tensor, mix_NC: Tensor) -> list[Tensor]:
+        """Return N mixtures, as :meth:`rwkv_vision.shift.QShift.mix` does."""
+        s_BHWC = self(x_BHWC)
+        return [torch.lerp(s_BHWC, x_BHWC, mix_C) for mix_C in mix_NC]
+
+
+class Previous(Here):
     """The causal generations' shift: every token sees the one before it, row by row."""
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -47,10 +61,10 @@ class Previous(nn.Module):
 
 
 ABLATION = {  # recurrence and neighbours
-    "causal, no shift": ("causal", nn.Identity),
+    "causal, no shift": ("causal", Here),
     "causal, previous": ("causal", Previous),
     "causal, Q-Shift": ("causal", None),
-    "both ways, no shift": ("both ways", nn.Identity),
+    "both ways, no shift": ("both ways", Here),
     "both ways, previous": ("both ways", Previous),
     "none": ("none", None),
 }

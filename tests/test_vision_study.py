@@ -56,6 +56,19 @@ def test_models_are_what_their_names_say(study: ModuleType) -> None:
     previous = shifted["previous"].blocks[1].ffn.shift(x).flatten(1, 2)
     assert torch.equal(previous[:, 1:], x.flatten(1, 2)[:, :-1])
     assert not previous[:, 0].any()
+    own_32 = torch.rand(32)
+    (mixed,) = shifted["previous"].blocks[1].ffn.shift.mix(x, own_32[None])
+    expected = x.flatten(1, 2) * own_32 + previous * (1 - own_32)
+    torch.testing.assert_close(mixed.flatten(1, 2), expected)
+
+
+def test_every_contestant_learns(study: ModuleType) -> None:
+    models = (*study.SAID, *study.ABLATION)
+    for model in models:
+        net = study.make(model, PICTURE)
+        net(torch.randn(2, *PICTURE)).logsumexp(-1).sum().backward()
+        idle = {n.rpartition(".")[2] for n, p in net.named_parameters() if p.grad is None}
+        assert idle <= ({"spatial_decay", "spatial_first"} if model == "none" else set()), model
 
 
 def test_parts_start_as_the_whole_does(study: ModuleType, monkeypatch) -> None:
