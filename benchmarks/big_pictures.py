@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return one(args.one[0], int(args.one[1]))
-    race.prepare()
+    race.prepare(args.threads)
     rows: list[race.Row] = []
     for side in QUICK if args.quick else SIDES:
         tiled, whole = in_a_process(TILED, side), {"name": WHOLE, "side": side}

@@ -67,7 +67,7 @@ def ours_onnx(folder: Path) -> Engine:
     import rwkv_export
 
     rwkv_export.export(load(folder / MODEL), folder / "onnx", steps=(1, 8))
-    runtime = rwkv_export.load(folder / "onnx", threads=1)
+    runtime = rwkv_export.load(folder / "onnx", threads=torch.get_num_threads())
     state: dict[str, np.ndarray] = {}
 
     def read(tokens: list[int], fresh: bool) -> np.ndarray:
@@ -145,7 +145,9 @@ def rwkv_cpp(folder: Path, version: str, dtype: str = "FP32") -> Engine:
     from rwkv_cpp_model import RWKVModel
     from rwkv_cpp_shared_library import RWKVSharedLibrary
 
-    model = RWKVModel(RWKVSharedLibrary(str(libraries[0])), str(path), thread_count=1)
+    model = RWKVModel(
+        RWKVSharedLibrary(str(libraries[0])), str(path), thread_count=torch.get_num_threads()
+    )
     state: Any = None
 
     def read(tokens: list[int], fresh: bool) -> np.ndarray:
@@ -176,7 +178,7 @@ def llama_cpp(folder: Path, kind: str = "F32") -> Engine:
         raise RuntimeError(f"llama.cpp cannot read {path}")
     settings = lib.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = 512
-    settings.n_threads = settings.n_threads_batch = 1
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
     context = lib.llama_init_from_model(model, settings)
     size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 

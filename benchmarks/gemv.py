@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 def main() -> None:
     args = race.arguments(__doc__).parse_args()
-    race.prepare()
+    race.prepare(args.threads)
     rounds = args.rounds or (3 if args.quick else 9)
     rows: list[race.Row] = []
     for shape in QUICK if args.quick else SHAPES:

@@ -27,7 +27,7 @@ Op = Callable[[list[Tensor]], tuple[Tensor, ...]]  # r, w, k, v, a, b to output 
 
 def main() -> None:
     args = race.arguments(__doc__).parse_args()
-    race.prepare()
+    race.prepare(args.threads)
     rows = []
     rounds = args.rounds or (3 if args.quick else 7)
     for shape in QUICK if args.quick else SHAPES:

@@ -98,9 +98,15 @@ def interleave(
     rounds: int,
     *,
     warm_up: bool = True,
-    clock: Callable[[], float] = time.process_time,
+    clock: Callable[[], float] | None = None,
 ) -> dict[Key, Timing]:
-    """Return the times of contestants that take turns, one run each per round."""
+    """Return the times of contestants that take turns, one run each per round.
+
+    They are processor times, which neighbours on the machine disturb least; with several threads
+    the clock on the wall, since threads that wait for each other use the processor, too.
+    """
+    if clock is None:
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     if warm_up:
         for run in runs.values():
@@ -201,8 +207,9 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
 
 def name(race: str, args: argparse.Namespace) -> str:
-    """Return the name of a race's files; a quick run does not overwrite a whole one."""
-    return f"{race}-quick" if args.quick else race
+    """Return the name of a race's files; no quick run overwrites a whole one."""
+    threads = getattr(args, "threads", 1)
+    return race + (f"-{threads}threads" if threads > 1 else "") + ("-quick" if args.quick else "")
 
 
 def write(
@@ -267,19 +274,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="short sizes, few rounds")
     parser.add_argument("--rounds", type=int, help="turns of each contestant")
+    parser.add_argument("--threads", type=int, default=1, help="of every contestant")
     return parser
 
 
-def prepare() -> None:
+def prepare(threads: int = 1) -> None:
     """Prepare this process for a race, the same for all contestants.
 
-    One thread for torch and what is loaded later; freed memory is kept, as when training; our
+    So many threads for torch and what is loaded later; freed memory is kept, as when training; our
     native ops are compiled if possible.
     """
     keep_freed_memory()
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"
-    torch.set_num_threads(1)
+        os.environ[variable] = str(threads)
+    torch.set_num_threads(threads)
     try:
         build()
     except NativeError as reason:

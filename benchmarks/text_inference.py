@@ -60,16 +60,19 @@ def main() -> None:
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 5)
     if args.child:
-        print(json.dumps(one_case(args.case[0], args.quick, rounds, args.decode, args.prefill)))
+        lengths = args.decode, args.prefill
+        rows = one_case(args.case[0], args.quick, rounds, *lengths, args.threads)
+        print(json.dumps(rows))
         return
     rows: list[race.Row] = []
     for case in args.case:
         command = [sys.executable, __file__, "--child", "--case", case, "--rounds", str(rounds)]
         command += ["--decode", str(args.decode), "--prefill", str(args.prefill)]
+        command += ["--threads", str(args.threads)]
         command += ["--quick"] if args.quick else []
         # `rwkv` chooses its class and its kernels from these, when it is imported
         env = {**os.environ, "RWKV_V7_ON": "1" if MIXERS[case][0] == "rwkv7" else "0",
-               "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": "1",
+               "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(args.threads),
                "PYTHONWARNINGS": "ignore::FutureWarning"}  # fmt: skip
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
         if done.returncode:  # an engine may take the process along
@@ -106,8 +109,10 @@ def contestants(case: str) -> dict[str, tuple[float, Maker]]:
     return found
 
 
-def one_case(case: str, quick: bool, rounds: int, decode: int, prefill: int) -> list[race.Row]:
-    race.prepare()
+def one_case(
+    case: str, quick: bool, rounds: int, decode: int, prefill: int, threads: int
+) -> list[race.Row]:
+    race.prepare(threads)
     mixer, options = MIXERS[case]
     sizes = QUICK if quick else LARGE if case == "191M" else SMALL
     config = TextConfig(**sizes, mixer=mixer, mixer_options=options)

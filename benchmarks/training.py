@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="also 8,192 to 32,768 tokens")
     parser.add_argument("--memory", nargs=3, metavar=("NAME", "B", "T"), help="one step, here")
     args = parser.parse_args()
-    race.prepare()
+    race.prepare(args.threads)
     if args.memory:
         name, B, T = args.memory
         print(json.dumps(added_memory(name, int(B), int(T))))

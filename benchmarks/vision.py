@@ -35,7 +35,7 @@ def main() -> None:
     parser = race.arguments(__doc__)
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "SIDE"), help="one pass, here")
     args = parser.parse_args()
-    race.prepare()
+    race.prepare(args.threads)
     if args.memory:
         print(json.dumps(added_memory(args.memory[0], int(args.memory[1]))))
         return
@@ -100,14 +100,14 @@ def both(net: nn.Module, images: torch.Tensor) -> None:
 
 
 def exported(net: nn.Module, images: torch.Tensor, path: Path) -> Callable[[], object]:
-    """Return a function that runs the pictures through onnxruntime, on one thread."""
+    """Return a function that runs the pictures through onnxruntime."""
     race.installed("onnxruntime")
     import onnxruntime
 
     torch._dynamo.reset()
     torch.onnx.export(net.eval(), (images,), path, dynamo=True, opset_version=20, verbose=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: session.run(None, feed)
