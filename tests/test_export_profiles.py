@@ -110,7 +110,7 @@ def test_a_state_per_layer_is_the_models_own(name, mixer):
     assert config.get("model", config)["vocab_size"] == 256
 
 
-def test_what_a_profile_cannot_say_is_refused():
+def test_what_a_profile_cannot_say_is_refused(tmp_path):
     with pytest.raises(ExportError, match="unknown profile 'genia'; did you mean 'genai'"):
         added("genia", language_model())
     tuned = language_model(tuned_state=True)
@@ -120,6 +120,27 @@ def test_what_a_profile_cannot_say_is_refused():
         added("transformers", language_model("rwkv4"))
     with pytest.raises(ExportError, match="is for language models"):
         profiled("genai", [], {"vocab_size": 256})
+    with pytest.raises(ExportError, match="of profiles it takes 'embeddings' alone"):
+        rwkv_export.export(tuned, tmp_path / "out", lane="mobile", profiles=["genai"])
+    with pytest.raises(ExportError, match="unknown lane 'triangles'; did you mean 'triangle'"):
+        rwkv_export.export(tuned, tmp_path / "out", lane="triangles")
+
+
+@torch.no_grad()
+def test_vectors_from_the_table_are_the_tokens():
+    model = language_model()
+    _, adapter = adapter_of(model)
+    step = adapter.exports(model)[0]
+    spec, files = added("embeddings", model)
+    table_VD = np.frombuffer(files["embedding.bin"], "<f4").reshape(256, 64)
+    inputs = spec.sample(np.random.default_rng(0), {"batch": 3})
+    tokens = step.sample(np.random.default_rng(0), {"batch": 3})["tokens"]
+    np.testing.assert_array_equal(table_VD[tokens], inputs["embeddings"])
+    state = [torch.from_numpy(np.repeat(x, 3, 1)) for x in spec.state.values()]
+    found = spec.module(torch.from_numpy(inputs["embeddings"]), *state)
+    expected = step.module(torch.from_numpy(tokens), *state)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_outputs_are_called_as_the_others_call_them():
@@ -199,3 +220,20 @@ def test_the_folder_is_proven_and_past_and_present_may_share_memory(folder, caps
         np.testing.assert_array_equal(binding.get_outputs()[0].numpy(), out["logits"])
         for name, value in shared.items():
             np.testing.assert_array_equal(value.numpy(), apart[name])
+
+
+@pytest.mark.slow
+def test_a_phone_takes_vectors_whole(tmp_path, capsys):
+    checkpoint.save(language_model(), tmp_path / "model")
+    flags = ["--profile", "embeddings", "--mobile", "--steps", "16"]
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "model"), str(out), *flags]) == 0
+    assert main(["verify", str(out)]) == 0
+    assert (out / "embedding.bin").stat().st_size == 256 * 64 * 4
+    said = json.loads((out / "mobile.json").read_text())["embedded"]
+    for name in ("NNAPI", "CoreML MLProgram"):  # which lacks the embedding's Gather
+        assert (said[name]["usable"], said[name]["parts"], said[name]["unsupported"]) == (
+            "YES", 1, [],
+        )  # fmt: skip
+    with pytest.raises(ExportError, match="has no graph 'step'; it has embedded"):
+        rwkv_export.load(out).generate("a", max_tokens=1)

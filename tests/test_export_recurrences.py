@@ -4,13 +4,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import rwkv_export
 import torch
 from onnx import helper
+from rwkv_export.prefix_sums import without_cumsum
 from rwkv_export.recurrences import CHUNK, DOMAIN, functions
 
+from rwkv_core import checkpoint
+from rwkv_core.errors import ExportError
 from rwkv_core.ops.wkv4 import wkv4
 from rwkv_core.ops.wkv6 import wkv6
 from rwkv_core.ops.wkv7 import wkv7
+from rwkv_core.testing import perturb
+from rwkv_vision.config import ClassifyConfig
 
 OPSET = 20
 INPUTS = {"WKV4": "w u k v num den top", "WKV6": "r w k v u state", "WKV7": "r w k v a b state"}
@@ -116,3 +122,55 @@ def tuple_state(tensors):
     from rwkv_core.ops.wkv4 import WKV4State
 
     return WKV4State(*tensors)
+
+
+def summing(axis, **attributes):
+    """Return a graph of one CumSum over [B, T, 5]."""
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", "time", 5])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", "time", 5])
+    double = helper.make_node("Add", ["x", "x"], ["z"])
+    node = helper.make_node("CumSum", ["z", "axis"], ["y"], **attributes)
+    axis = onnx.numpy_helper.from_array(np.array(axis), "axis")
+    graph = helper.make_graph([double, node], "g", [x], [y], [axis])
+    imports = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize("axis", [1, -2])
+def test_prefix_sums_are_products_at_any_length(axis):
+    model = summing(axis)
+    without_cumsum(model)
+    assert "CumSum" not in {node.op_type for node in model.graph.node}
+    run = onnxruntime.InferenceSession(model.SerializeToString())
+    for size in ((2, 1, 5), (1, 7, 5), (3, 64, 5)):
+        x = np.random.default_rng(0).normal(size=size).astype(np.float32)
+        np.testing.assert_allclose(run.run(None, {"x": x})[0], 2 * x.cumsum(1), atol=1e-5)
+
+
+def test_other_sums_are_refused():
+    for model in (summing(0), summing(1, reverse=1), summing(-2, exclusive=1)):
+        with pytest.raises(ExportError, match="cannot write the sums 'y' without CumSum"):
+            without_cumsum(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"mixer": "vrwkv_2d"}])
+def test_pictures_of_any_size_without_cumsum(options, tmp_path):
+    config = ClassifyConfig(
+        model="test_vrwkv",
+        model_options={"embed_dim": 32, "depth": 1, "patch_size": 4, **options},
+        labels=("a", "b"),
+        image_size=(12, 8),
+        uint8_graph=True,
+    )
+    model = checkpoint.build("classify", config)
+    perturb(model, 0.05)
+    report = rwkv_export.export(model.eval(), tmp_path / "out", lane="triangle")
+    assert report.worst <= 1e-5
+    for name in ("image", "pixels"):  # three sizes that were not traced, batches of 1, 2 and 3
+        rows = report.parity["graphs"][name]
+        assert len({(row["height"], row["width"]) for row in rows}) >= 3
+        assert {row["batch"] for row in rows} == {1, 2, 3}
+        graph = onnx.load(tmp_path / "out" / f"{name}.onnx")
+        assert "CumSum" not in {node.op_type for node in graph.graph.node}

@@ -19,14 +19,14 @@ from rwkv_core import __version__
 from rwkv_core._files import atomic_folder
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.checkpoint import adapter_of, portable
-from rwkv_core.errors import ExportError
+from rwkv_core.errors import ExportError, did_you_mean
 from rwkv_core.run import TorchRun
 from rwkv_export import reference
 from rwkv_export.manifest import PARITY, GraphInfo, Manifest, TensorInfo, sha256
-from rwkv_export.mobile import fixed, for_one, to_ort
+from rwkv_export.mobile import fixed, for_one, in_32_bits, to_ort
 from rwkv_export.onnx import OPSET, nodes_per_op, write_onnx
 from rwkv_export.profiles import profiled
-from rwkv_export.recurrences import CHUNK
+from rwkv_export.recurrences import CHUNK, LANES
 from rwkv_export.runtime import Runtime
 from rwkv_export.verify import HANDOVER, compare, compare_handover
 from rwkv_export.weights import WEIGHTS, WeightFile
@@ -64,11 +64,13 @@ def export(
         lane: what the recurrences of sequences are made of: ``"scan"``, standard operators alone;
             ``"linear_attention"``, the operator of onnxruntime ≥ 1.25.1 with a fallback in the same
             file; ``"chunk"``, a graph ``chunk`` in place of ``prefill``, which reads exactly 16
-            tokens of one sequence and has neither ``Scan`` nor free dimensions; ``"mobile"``, the
-            domain's first graph alone, for one input of one size, in the format of onnxruntime's
-            builds for phones (``mobile.py``).
-        profiles: graphs to add for other people's generators: ``"genai"``, ``"transformers"``
-            (``profiles.py``).
+            tokens of one sequence and has neither ``Scan`` nor free dimensions; ``"triangle"``, the
+            bidirectional recurrences of pictures without ``CumSum``; ``"mobile"``, the domain's
+            first graph alone, for one input of one size, in the format of onnxruntime's builds for
+            phones (``mobile.py``); ``"web"``, graphs for one input of one size, ``chunk`` beside
+            ``prefill``, for the page in ``web.py``.
+        profiles: graphs to add: ``"genai"`` and ``"transformers"`` for those generators,
+            ``"embeddings"`` for accelerators that take vectors (``profiles.py``).
 
     Raises:
         ExportError: an operation without translation, a mixer that does not export, a disagreement
@@ -78,6 +80,10 @@ def export(
     folder = Path(folder)
     if folder.exists():
         raise ExportError(f"{folder} exists already; remove it or choose another folder")
+    if lane not in LANES:
+        raise ExportError(f"unknown lane {lane!r}; {did_you_mean(lane, LANES)}")
+    if lane == "mobile" and set(profiles) - {"embeddings"}:
+        raise ExportError("for phones there is one graph; of profiles it takes 'embeddings' alone")
     name, adapter = adapter_of(model)
     for path, module in model.named_modules():
         if not getattr(module, "exportable", True):
@@ -91,21 +97,23 @@ def export(
     model.eval()
     try:
         specs = adapter.exports(model)
-        if lane == "chunk":
-            specs = [_chunk(s) if s.name == "prefill" else s for s in specs]
-        if lane == "mobile":
-            specs = [for_one(specs[0])]
         metadata, files = adapter.metadata(model), portable(model)[1]
         for profile in profiles:
             added, more = profiled(profile, specs, metadata)
             specs, files = [*specs, added], {**files, **more}
+        if lane == "chunk":
+            specs = [_chunk(s) if s.name == "prefill" else s for s in specs]
+        if lane == "mobile":
+            specs = [for_one(specs[-1] if profiles else specs[0])]
+        if lane == "web":
+            specs = [graph for spec in specs for graph in _for_pages(spec)]
         run = TorchRun(model, specs, metadata)
         with atomic_folder(folder) as temporary:
             made = _Made(temporary, name, metadata, shared=len(specs) > 1)
             for file, content in files.items():
                 made.add_file(file, content)
             for spec in specs:
-                made.add_graph(spec, lane)
+                made.add_graph(spec, "chunk" if spec.name == "chunk" else lane)
                 # at once, so that what is wrong ends before the next graph is traced
                 made.rows[spec.name] = compare(spec, run, made.runtime(), steps=steps)
                 made.recorded |= reference.record(spec, run)
@@ -132,6 +140,11 @@ def export(
 def _chunk(spec: ExportSpec) -> ExportSpec:
     """Return the graph over a sequence as one over exactly ``CHUNK`` tokens of one sequence."""
     return dataclasses.replace(fixed(spec, {"batch": 1, "time": CHUNK, "rows": 1}), name="chunk")
+
+
+def _for_pages(spec: ExportSpec) -> list[ExportSpec]:
+    """Return graphs of one size, which WebGPU runs whole, and beside them what reads any length."""
+    return [spec, in_32_bits(_chunk(spec))] if spec.name == "prefill" else [for_one(spec)]
 
 
 def certificate() -> dict[str, Any]:

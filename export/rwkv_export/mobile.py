@@ -22,7 +22,7 @@ from rwkv_core.adapter import Arrays, ExportSpec
 from rwkv_core.errors import ExportError
 from rwkv_export.phone_operators import for_phones
 
-__all__ = ["OPERATORS", "USABILITY", "fixed", "for_one", "to_ort"]
+__all__ = ["OPERATORS", "USABILITY", "fixed", "for_one", "in_32_bits", "to_ort"]
 
 OPERATORS, USABILITY = "required_operators.config", "mobile.json"
 
@@ -43,11 +43,15 @@ def for_one(spec: ExportSpec) -> ExportSpec:
     first = {**(spec.sizes[0] if spec.sizes else {}), "batch": 1}
     if missing := dims - first.keys():
         raise ExportError(f"graph {spec.name!r} has no size of its own for {sorted(missing)}")
-    one = fixed(spec, {dim: first[dim] for dim in dims})
-    sample = one.sample
+    return in_32_bits(fixed(spec, {dim: first[dim] for dim in dims}))
+
+
+def in_32_bits(spec: ExportSpec) -> ExportSpec:
+    """Return a graph whose whole numbers are int32: accelerators know few operators for more."""
+    sample = spec.sample
     return dataclasses.replace(
-        one,
-        inputs=_short(one.inputs),
+        spec,
+        inputs=_short(spec.inputs),
         sample=sample and (lambda rng, sizes: _short(sample(rng, sizes))),
     )
 

@@ -18,6 +18,7 @@ from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError
 from rwkv_export.clean import strip
 from rwkv_export.manifest import present
+from rwkv_export.prefix_sums import without_cumsum
 from rwkv_export.recurrences import functions
 from rwkv_export.traced import as_nodes
 from rwkv_export.weights import WEIGHTS, WeightFile
@@ -55,6 +56,8 @@ def write_onnx(
     if weights is not None:
         weights.take(model)
     proto = ir.to_proto(model)
+    if lane == "triangle":
+        without_cumsum(proto)
     for op, (heads, size) in traced.items():
         proto.functions.extend(functions(op, lane, heads=heads, size=size, opset=OPSET))
     for domain in sorted({f.domain for f in proto.functions}):

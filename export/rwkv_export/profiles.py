@@ -5,10 +5,12 @@ and the configuration file that the other runtime looks for:
 
     genai          onnxruntime-genai: ``og.Model(folder)``
     transformers   transformers.js: ``AutoModelForCausalLM.from_pretrained(folder, …)``
+    embeddings     accelerators that want vectors: the step without its embedding, whose table is
+                   written beside it for the host to look up
 
-Both keep two states per layer, one of a convolution [1, D, 2], whose columns are here the last
-inputs of the layer's two token shifts, and one of a recurrence [1, H, K, V]; both start them from
-zeros. They read one sequence, whole or token by token, and want the logits of its last token.
+The first two keep two states per layer, one of a convolution [1, D, 2], whose columns are here the
+last inputs of the layer's two token shifts, and one of a recurrence [1, H, K, V]; both start them
+from zeros. They read one sequence, whole or token by token, and want the logits of its last token.
 
 Past and present may share buffers: all past states are copied by the first nodes of the graph, and
 all present ones are written by the last.
@@ -16,7 +18,7 @@ all present ones are written by the last.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +27,12 @@ from torch import Tensor, nn
 
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError, did_you_mean
+from rwkv_core.graphs import StepGraph
 
 __all__ = ["PROFILES", "Profile", "profiled"]
 
 CONTEXT = 1 << 20  # tokens; a state has no limit, configuration files want a number
+PROFILES = ("genai", "transformers", "embeddings")
 BOUNDARY = 0  # the token that begins and ends a document
 
 
@@ -79,16 +83,39 @@ def profiled(name: str, specs: list[ExportSpec], metadata: Mapping[str, Any]) ->
     """
     if name not in PROFILES:
         raise ExportError(f"unknown profile {name!r}; {did_you_mean(name, PROFILES)}")
-    found = [spec for spec in specs if spec.name == "prefill"]
-    if not found or "vocab_size" not in metadata:
+    by_name = {spec.name: spec for spec in specs}
+    if not {"step", "prefill"} <= by_name.keys() or "vocab_size" not in metadata:
         raise ExportError(f"the profile {name!r} is for language models")
-    for state, array in found[0].state.items():
+    if name == "embeddings":
+        return embeddings(by_name["step"])
+    for state, array in by_name["prefill"].state.items():
         if array.any():
             raise ExportError(
                 f"the profile {name!r} does not fit: its runtime starts every state from zeros, "
                 f"{state!r} starts from other values"
             )
-    return PROFILES[name](found[0], metadata["vocab_size"])
+    make = genai if name == "genai" else transformers
+    return make(by_name["prefill"], metadata["vocab_size"])
+
+
+def embeddings(step: ExportSpec) -> Profile:
+    """Return the graph ``embedded`` and ``embedding.bin``: fp32 [V, D], little-endian."""
+    table_VD = step.module.embed.weight.detach().numpy()
+    original = step.sample
+    assert original is not None
+
+    def sample(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        return {"embeddings": table_VD[original(rng, sizes)["tokens"]]}
+
+    spec = dataclasses.replace(
+        step,
+        name="embedded",
+        module=StepGraph(nn.Identity(), step.module.backbone, step.module.head),
+        inputs={"embeddings": table_VD[step.inputs["tokens"]]},
+        dynamic={**{n: step.dynamic[n] for n in step.state}, "embeddings": step.dynamic["tokens"]},
+        sample=sample,
+    )
+    return Profile(spec, {"embedding.bin": table_VD.astype("<f4").tobytes()})
 
 
 def genai(prefill: ExportSpec, vocab_size: int) -> Profile:
@@ -202,9 +229,3 @@ def _ids() -> dict[str, int]:
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-PROFILES: dict[str, Callable[[ExportSpec, int], Profile]] = {
-    "genai": genai,
-    "transformers": transformers,
-}

@@ -9,6 +9,7 @@ node means, so one traced graph serves every *lane*:
     chunk              the same for exactly 16 tokens: no ``Scan``, nothing depends on a length.
     linear_attention   the operator ``com.microsoft::LinearAttention`` of onnxruntime ≥ 1.25.1, and
                        in the same file a function of that name, for runtimes without it.
+    triangle, mobile, web   as scan; they differ elsewhere (prefix_sums.py, mobile.py, web.py).
 
 Chunks. C₁₆ₓ₁₆ constants turn log-decays into sums of them by a product, so that no sum is the
 difference of two others. For generation 7, with R = (r, a) and W = (k, b) decayed from and to the
@@ -35,7 +36,7 @@ from rwkv_export.linear_attention import MICROSOFT, linear_attention
 __all__ = ["CHUNK", "DOMAIN", "LANES", "functions"]
 
 DOMAIN = "rwkv"
-LANES = ("scan", "chunk", "linear_attention")
+LANES = ("scan", "chunk", "linear_attention", "triangle", "mobile", "web")
 CHUNK = L = 16  # tokens
 
 
@@ -61,11 +62,11 @@ def functions(op: str, lane: str, *, heads: int, size: int, opset: int) -> list[
         "WKV7": ("rwkvab", "", INSIDE7, STEP7, END7, _constants7()),
     }[op]
     inputs = ", ".join(f"{name}_in" for name in names)
-    start, cut, over, join = (MANY, CUT, OVER_CHUNKS, JOIN) if lane == "scan" else ONE
+    start, cut, over, join = ONE if lane == "chunk" else (MANY, CUT, OVER_CHUNKS, JOIN)
     cuts = "".join(cut.replace("#", name) for name in names)
     text = f"({inputs}{extra}, state) => (y, state_out) {{" + start + cuts + inside
     text += over.replace("STEP", step) + end + join + "}"
-    rank = 5 if lane == "scan" else 4
+    rank = 4 if lane == "chunk" else 5
     text = text.replace("LEVELS_MT", _swap(rank + 1)).replace("MT", _swap(rank))
     return [_function(op, text, constants, opset)]
 

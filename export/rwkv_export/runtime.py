@@ -62,7 +62,14 @@ class Runtime:
         return dict(zip([*info.outputs, *state], results, strict=True))
 
     def initial_state(self, graph: str, batch: int) -> dict[str, np.ndarray]:
-        """Return the state before the first token, for ``batch`` sequences."""
+        """Return the state before the first token, for ``batch`` sequences.
+
+        Raises:
+            ExportError: the folder has no such graph.
+        """
+        if graph not in self.graphs:
+            known = ", ".join(self.graphs)
+            raise ExportError(f"{self.folder} has no graph {graph!r}; it has {known}")
         return self.graphs[graph].initial_state(batch, self.folder)
 
     def stream(self, state: Arrays) -> "Stream":

@@ -61,7 +61,7 @@ def compare_handover(step: ExportSpec, prefill: ExportSpec, run: Run) -> list[di
     """
     rng, rows = np.random.default_rng(0), []
     splits = [[1], [7], [64], [100], *([*map(int, _pieces(rng, 96, 6))] for _ in range(3))]
-    batch, fixed = 2, prefill.sizes[0]["time"]
+    batch, fixed = 2 if step.dynamic else 1, prefill.sizes[0]["time"]
     if not prefill.dynamic:
         splits, batch = [[fixed] * 3], 1
     for pieces in splits:
@@ -71,13 +71,13 @@ def compare_handover(step: ExportSpec, prefill: ExportSpec, run: Run) -> list[di
         for size in pieces:
             piece = _cut(inputs, begin, begin + size)
             positions = np.arange(size) if prefill.dynamic else np.array([size - 1])
-            state = run(prefill.name, {**piece, "positions": positions, **state})
+            state = run(prefill.name, {**_as(prefill, {**piece, "positions": positions}), **state})
             outputs.append({n: state.pop(n) for n in prefill.outputs})
             begin += size
         expected, steps = run.initial_state("step", batch), []
         for t in range(T):
             piece = _cut(inputs, t, t + 1)
-            expected = run("step", {**{n: piece[n] for n in step.inputs}, **expected})
+            expected = run("step", {**_as(step, piece), **expected})
             steps.append({n: expected.pop(n) for n in step.outputs})
         errors = {}
         for n in step.outputs:
@@ -129,6 +129,11 @@ def _pieces(rng: np.random.Generator, total: int, n: int) -> np.ndarray:
 def _cut(inputs: Arrays, begin: int, end: int) -> dict[str, np.ndarray]:
     """Return the inputs [B, T, ...] from token ``begin`` to ``end``."""
     return {name: x[:, begin:end] for name, x in inputs.items() if name != "positions"}
+
+
+def _as(spec: ExportSpec, given: Arrays) -> dict[str, np.ndarray]:
+    """Return what a graph takes of ``given``, whole numbers in its width."""
+    return {name: given[name].astype(example.dtype) for name, example in spec.inputs.items()}
 
 
 def _refuse_drift(spec: ExportSpec, row: Mapping[str, Any]) -> None:
