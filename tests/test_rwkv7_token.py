@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rwkv_core.mixers.base import MatrixState, Mixer, Shared
 from rwkv_core.mixers.rwkv7 import ChannelMix7, TimeMix7
 from rwkv_core.ops.native import library
+from rwkv_core.precision import cast
 from rwkv_core.testing import perturb, relative_error
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -85,6 +86,32 @@ def test_a_token_is_that_of_the_plain_form(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_token_in_bf16_is_rounded_once_where_the_plain_form_rounds_often(
+    layer: int, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [cast(mixer, torch.bfloat16) for mixer in mixers(layer)]
+    assert both[0].w0.dtype == torch.float32
+    exact = [copy.deepcopy(mixer).double() for mixer in both]
+    tokens = torch.randn(TOKENS, 1, HEADS * 16).bfloat16()
+    first = torch.randn(tokens.shape).bfloat16() if layer else None
+    expected = decode(exact, tokens.double(), None if first is None else first.double())
+    both[1].value.lay_by_columns()
+    found = decode(both, tokens, first)
+    assert called == ["time_mix7_token", "channel_mix7_token"] * TOKENS
+    monkeypatch.setattr("rwkv_core.mixers.rwkv7.time_mix_token", lambda *args: None)
+    monkeypatch.setattr("rwkv_core.mixers.rwkv7.channel_mix_token", lambda *args: None)
+    plain = decode(both, tokens, first)
+    assert found[-2].dtype == torch.float32  # the state
+    assert relative_error(found[-2], expected[-2]) <= 2e-6
+    for e, f, p in zip(expected, found, plain, strict=True):
+        assert f.dtype == p.dtype
+        assert f.shape == p.shape
+        assert relative_error(f, e) <= 2**-8  # half a step of bf16
+        assert relative_error(f, e) <= relative_error(p, e)
+
+
+@torch.no_grad()
 def test_a_token_goes_on_where_a_sequence_ended(called: list[str]) -> None:
     both = mixers(0)
     x_BTD = torch.randn(1, 7, HEADS * 16)
@@ -150,6 +177,7 @@ def test_where_a_gradient_or_another_form_is_asked_for(called: list[str]) -> Non
         both[0].impl = "auto"
         with torch.autocast("cpu", torch.bfloat16):
             both[1](x_11D, state, Shared())
-        half = [mixer.to(torch.bfloat16) for mixer in both]
-        half[1](x_11D.bfloat16(), state._replace(ffn_shift_BD=x_11D[:, 0].bfloat16()), Shared())
+        both[0](x_11D, state._replace(wkv_BHKV=state.wkv_BHKV.double()), Shared())
+        half = both[1].to(torch.float16)
+        half(x_11D.half(), state._replace(ffn_shift_BD=x_11D[:, 0].half()), Shared())
     assert not {"time_mix7_token", "channel_mix7_token"} & set(called)

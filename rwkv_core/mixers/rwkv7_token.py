@@ -2,13 +2,14 @@
 
 The thirty small operations of a layer cost up to a fifth of the time in which memory brings its
 weights. Here they are one call for each half, made of the kernels that a sequence gets
-(``ops/native/src/token7.h``), for one token of one sequence, on CPU in fp32, where no gradient will
-be asked for and nobody looks inside: no hook, no tracer, no autocast, no module of another type.
+(``ops/native/src/token7.h``), for one token of one sequence, on CPU in fp32 or bf16, where no
+gradient will be asked for and nobody looks inside: no hook, no tracer, no autocast, no module of
+another type. With weights in bf16 everything between two matrices is in fp32.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["channel_mix_token", "time_mix_token"]
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 4}  # of matrices, as in token7.h
+
 
 def time_mix_token(
     mixer: "TimeMix7", x_11D: Tensor, state: MatrixState, v_first_11D: Tensor | None
@@ -37,25 +40,30 @@ def time_mix_token(
         return None
     if m.head_dim % 16 or (v_first_11D is None) != (m.layer == 0):
         return None
-    mixing = (m.v0, m.v1, m.v2) if m.layer else (None, None, None)
-    parameters = (
-        m.x_r, m.x_w, m.x_k, m.x_v, m.x_a, m.x_g, m.w0, m.w1, m.w2, m.a0, m.a1, m.a2, *mixing,
-        m.g1, m.g2, m.k_k, m.k_a, m.r_k,
-    )  # fmt: skip
-    inputs = (x_11D, state.att_shift_BD, state.wkv_BHKV, v_first_11D)
-    norm, weights = (m.ln_x.weight, m.ln_x.bias), [one.weight for one in maps]
-    orders = _memory_orders(weights, (*inputs, *parameters, *norm))
-    if orders is None:
+    if state.wkv_BHKV.dtype is not torch.float32:
         return None
-    ranks = [0 if x is None else x.shape[1] for x in (m.w1, m.a1, mixing[1], m.g1)]
-    y, wkv, value = torch.empty_like(x_11D), torch.empty_like(inputs[2]), torch.empty_like(x_11D)
-    loaded().run(
-        "time_mix7_token",
-        (m.dim // m.head_dim, m.head_dim, *ranks, *orders),
-        (*inputs, *parameters, *weights, *norm, _scalar(m.ln_x.eps)),
-        (y, wkv, value),
-    )
-    return y, wkv, value
+    mixing = (m.v0, m.v1, m.v2) if m.layer else (None, None, None)
+    rows = (x_11D, state.att_shift_BD, state.wkv_BHKV, v_first_11D)
+    vectors = (
+        m.x_r, m.x_w, m.x_k, m.x_v, m.x_a, m.x_g, m.w0, m.a0, mixing[0], m.k_k, m.k_a, m.r_k,
+        m.ln_x.weight, m.ln_x.bias,
+    )  # fmt: skip
+    low_rank = (m.w1, m.w2, m.a1, m.a2, *mixing[1:], m.g1, m.g2)
+    weights = [one.weight for one in maps]
+    layout = _layout(x_11D.dtype, weights, low_rank, (*rows, *vectors))
+    if layout is None:
+        return None
+    *mix, w0, a0, v0, k_k, k_a, r_k, weight, bias = _widened(vectors)
+    w1, w2, a1, a2, v1, v2, g1, g2 = low_rank
+    ranks = [0 if one is None else one.shape[1] for one in (w1, a1, v1, g1)]
+    inputs = (
+        *_widened(rows), *mix, w0, w1, w2, a0, a1, a2, v0, v1, v2, g1, g2, k_k, k_a, r_k,
+        *weights, weight, bias, _scalar(m.ln_x.eps),
+    )  # fmt: skip
+    y, wkv, value = map(torch.empty_like, (inputs[0], state.wkv_BHKV, inputs[0]))
+    sizes = (m.dim // m.head_dim, m.head_dim, *ranks, *layout)
+    loaded().run("time_mix7_token", sizes, inputs, (y, wkv, value))
+    return y.to(x_11D.dtype), wkv, value.to(x_11D.dtype)
 
 
 def channel_mix_token(mixer: "ChannelMix7", x_11D: Tensor, last_1D: Tensor) -> Tensor | None:
@@ -63,13 +71,14 @@ def channel_mix_token(mixer: "ChannelMix7", x_11D: Tensor, last_1D: Tensor) -> T
     maps = (mixer.key, mixer.value)
     if not _is_seen_from_outside_only(*maps):
         return None
-    inputs, weights = (x_11D, last_1D, mixer.x_k), [one.weight for one in maps]
-    orders = _memory_orders(weights, inputs)
-    if orders is None:
+    rows, weights = (x_11D, last_1D, mixer.x_k), [one.weight for one in maps]
+    layout = _layout(x_11D.dtype, weights, (), rows)
+    if layout is None:
         return None
-    y = torch.empty_like(x_11D)
-    loaded().run("channel_mix7_token", (*weights[0].mT.shape, *orders), (*inputs, *weights), (y,))
-    return y
+    inputs = _widened(rows)
+    y = torch.empty_like(inputs[0])
+    loaded().run("channel_mix7_token", (*weights[0].mT.shape, *layout), (*inputs, *weights), (y,))
+    return y.to(x_11D.dtype)
 
 
 def _is_seen_from_outside_only(*modules: nn.Module) -> bool:
@@ -80,19 +89,37 @@ def _is_seen_from_outside_only(*modules: nn.Module) -> bool:
     )
 
 
-def _memory_orders(weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[int] | None:
-    """Return how each weight lies in memory, or None if one of the tensors cannot be taken."""
-    present = [x for x in tensors if x is not None]
-    if not available() or learns(*present, *weights):
+def _layout(
+    dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    low_rank: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+) -> list[int] | None:
+    """Return the format of the matrices and how each weight lies in memory.
+
+    None if one of the tensors cannot be taken: matrices are of the token's dtype, rows may be of
+    another.
+    """
+    maps = [x for x in low_rank if x is not None]
+    present = [x for x in rows if x is not None]
+    if dtype not in FORMATS or not available() or learns(*weights, *maps, *present):
         return None
-    if not all(_fits(x) and x.is_contiguous() for x in present) or not all(map(_fits, weights)):
+    if not all(_fits(x) and x.dtype is dtype for x in (*weights, *maps)):
+        return None
+    if not all(_fits(x) and x.dtype in FORMATS for x in present):
+        return None
+    if not all(x.is_contiguous() for x in (*maps, *present)):
         return None
     orders = [order for weight in weights if (order := memory_order(weight)) is not None]
-    return orders if len(orders) == len(weights) else None
+    return [FORMATS[dtype], *orders] if len(orders) == len(weights) else None
 
 
 def _fits(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype is torch.float32 and x.is_cpu
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu
+
+
+def _widened(rows: Sequence[Tensor | None]) -> list[Any]:
+    return [None if x is None else x.float() for x in rows]
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,8 +6,8 @@
 //
 // A matrix may lie in memory by rows or by columns. By columns, those whose x is 0 are not read.
 //
-// Weights, x and y are all fp32 or all bf16; sums are in fp32. The order of a sum depends on nothing
-// but the sizes and, by columns, on which x are 0.
+// Weights are fp32 or bf16, x and y are the same or fp32; sums are in fp32. The order of a sum depends
+// on nothing but the sizes and, by columns, on which x are 0.
 
 #pragma once
 
@@ -22,7 +22,7 @@ struct VecPair {
 };
 
 // A format says how STEP numbers become two vectors, and back; in which order does not matter, as
-// long as it is the same everywhere.
+// long as it is the same for weights, x and y.
 struct Fp32 {
   typedef float Number;
 
@@ -60,6 +60,18 @@ struct Bf16 {
   }
 };
 
+// fp32 in the order of Bf16.
+struct Fp32InPairs : Fp32 {
+  INLINE VecPair read(const float* from) {
+    VecPair x;
+    for (int i = 0; i < LANES; i++) x.a[i] = from[2 * i], x.b[i] = from[2 * i + 1];
+    return x;
+  }
+  INLINE void write(float* to, VecPair x) {
+    for (int i = 0; i < LANES; i++) to[2 * i] = x.a[i], to[2 * i + 1] = x.b[i];
+  }
+};
+
 // The last n < STEP numbers of a row, zeros behind them.
 template <typename Format>
 NOINLINE VecPair read_part(const typename Format::Number* from, int64_t n) {
@@ -73,20 +85,24 @@ INLINE VecPair read_up_to(const typename Format::Number* from, int64_t n) {
   return n < STEP ? read_part<Format>(from, n) : Format::read(from);
 }
 
-template <typename Format>
+// Weights of one format, x and y of another.
+template <typename Format, typename Outer>
 struct Gemv {
-  typedef typename Format::Number Number;
+  typedef typename Format::Number Weight;
+  typedef typename Outer::Number Number;
 
   int64_t out, in;
-  const Number *W, *x;
+  const Weight* W;
+  const Number* x;
   Number* y;
 };
 
 // ---- by rows: [out, in] ------------------------------------------------------------------------
 
-template <typename Format>
-struct GemvRows : Gemv<Format> {
-  typedef typename Format::Number Number;
+template <typename Format, typename Outer = Format>
+struct GemvRows : Gemv<Format, Outer> {
+  typedef typename Format::Number Weight;
+  typedef typename Outer::Number Number;
   static constexpr int STREAMS = 4;
 
   bool range(int64_t begin, int64_t end) const {
@@ -95,7 +111,7 @@ struct GemvRows : Gemv<Format> {
     if (!scratch.allocate()) return false;
     float* x = scratch.floats(round_up(this->in, STEP));
     for (int64_t i = 0; i < this->in; i += STEP) {
-      const VecPair pair = read_up_to<Format>(this->x + i, this->in - i);
+      const VecPair pair = read_up_to<Outer>(this->x + i, this->in - i);
       store(x + i, pair.a), store(x + i + LANES, pair.b);
     }
     const int64_t part = (end - begin) / STREAMS, rest = begin + part * STREAMS;
@@ -105,11 +121,11 @@ struct GemvRows : Gemv<Format> {
   }
 
   template <int N>
-  static NOINLINE void multiply(const Number* W, int64_t in, const float* x, int64_t part,
+  static NOINLINE void multiply(const Weight* W, int64_t in, const float* x, int64_t part,
                                 Number* y) {
     const int64_t whole = in / STEP * STEP;
     for (int64_t o = 0; o < part; o++) {
-      const Number* row[N];
+      const Weight* row[N];
       VecPair sums[N] = {};
       for (int n = 0; n < N; n++) row[n] = W + (n * part + o) * in;
       const auto add = [&](int64_t i, auto read) {
@@ -125,7 +141,7 @@ struct GemvRows : Gemv<Format> {
         const Vec sum = sums[n].a + sums[n].b;
         float total = 0;
         for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-        y[n * part + o] = Format::narrow(total);
+        y[n * part + o] = Outer::narrow(total);
       }
     }
   }
@@ -133,16 +149,17 @@ struct GemvRows : Gemv<Format> {
 
 // ---- by columns: [in, out] in memory -----------------------------------------------------------
 
-template <typename Format>
-struct GemvColumns : Gemv<Format> {
-  typedef typename Format::Number Number;
+template <typename Format, typename Outer = Format>
+struct GemvColumns : Gemv<Format, Outer> {
+  typedef typename Format::Number Weight;
+  typedef typename Outer::Number Number;
   static constexpr int STREAMS = 8;
 
   // Of the columns with x ≠ 0, where they begin and x; of the results, the sums.
   struct Work {
     Scratch scratch;
     float *x, *sums;
-    const Number** columns;
+    const Weight** columns;
     bool ready;
 
     Work(int64_t in, int64_t out) {
@@ -152,7 +169,7 @@ struct GemvColumns : Gemv<Format> {
     }
     void lay_out(int64_t in, int64_t out) {
       x = scratch.floats(round_up(in, STEP)), sums = scratch.floats(round_up(out, STEP));
-      columns = (const Number**)scratch.floats(in * sizeof *columns / 4);
+      columns = (const Weight**)scratch.floats(in * sizeof *columns / 4);
     }
   };
 
@@ -164,7 +181,7 @@ struct GemvColumns : Gemv<Format> {
     int64_t found = 0;
     for (int64_t i = 0; i < this->in; i++) {
       work.columns[found] = this->W + i * this->out + first;
-      work.x[found] = Format::widen(this->x[i]);
+      work.x[found] = Outer::widen(this->x[i]);
       found += work.x[found] != 0;
     }
     const int64_t part = found / STREAMS, rest = part * STREAMS;
@@ -173,18 +190,18 @@ struct GemvColumns : Gemv<Format> {
     for (int64_t o = first; o < last; o += STEP) {
       const float* sums = work.sums + o - first;
       Number padded[STEP];
-      Format::write(padded, {load(sums), load(sums + LANES)});
+      Outer::write(padded, {load(sums), load(sums + LANES)});
       memcpy(this->y + o, padded, (last - o < STEP ? last - o : STEP) * sizeof *padded);
     }
     return true;
   }
 
   template <int N>
-  static NOINLINE void add(const Number* const* columns, const float* x, int64_t part, int64_t out,
+  static NOINLINE void add(const Weight* const* columns, const float* x, int64_t part, int64_t out,
                            float* sums) {
     const int64_t whole = out / STEP * STEP;
     for (int64_t i = 0; i < part; i++) {
-      const Number* column[N];
+      const Weight* column[N];
       Vec factor[N];
       for (int n = 0; n < N; n++) {
         column[n] = columns[n * part + i];
@@ -208,13 +225,14 @@ struct GemvColumns : Gemv<Format> {
 
 }  // namespace
 
-// form: 0 by rows, 1 by columns; plus 2 if the numbers are bf16, not fp32.
+// form: 0 by rows, 1 by columns; plus 2 if the numbers are bf16, not fp32; plus 4 if only the weights
+// are bf16.
 EXPORT(gemv)(ParallelFor parallel, int64_t form, int64_t out, int64_t in, const void* W,
              const void* x, void* y) {
   const auto run = [&](auto task, int64_t indices, int64_t work) {
     typedef typename decltype(task)::Number Number;
     task.out = out, task.in = in;
-    task.W = (const Number*)W, task.x = (const Number*)x, task.y = (Number*)y;
+    task.W = (decltype(task.W))W, task.x = (const Number*)x, task.y = (Number*)y;
     return for_each(parallel, indices, work, task);
   };
   const int64_t groups = (out + STEP - 1) / STEP;
@@ -222,6 +240,8 @@ EXPORT(gemv)(ParallelFor parallel, int64_t form, int64_t out, int64_t in, const 
     case 0: return run(GemvRows<Fp32>{}, out, 4 * in);
     case 1: return run(GemvColumns<Fp32>{}, groups, 4 * in * STEP);
     case 2: return run(GemvRows<Bf16>{}, out, 2 * in);
-    default: return run(GemvColumns<Bf16>{}, groups, 2 * in * STEP);
+    case 3: return run(GemvColumns<Bf16>{}, groups, 2 * in * STEP);
+    case 4: return run(GemvRows<Bf16, Fp32InPairs>{}, out, 2 * in);
+    default: return run(GemvColumns<Bf16, Fp32InPairs>{}, groups, 2 * in * STEP);
   }
 }

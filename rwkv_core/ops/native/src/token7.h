@@ -33,10 +33,11 @@ INLINE void apply(float* x, int64_t n, Function function) {
 // Products of one token; remembers that one of them failed.
 struct Products {
   ParallelFor parallel;
+  int64_t format;  // of the weights: 0 fp32, 4 bf16, which gemv adds to how they lie in memory
   int failed = 0;
 
-  void operator()(int64_t form, int64_t out, int64_t in, const float* W, const float* x, float* y) {
-    failed |= JOIN(gemv, ISA)(parallel, form, out, in, W, x, y);
+  void operator()(int64_t order, int64_t out, int64_t in, const void* W, const float* x, float* y) {
+    failed |= JOIN(gemv, ISA)(parallel, order + format, out, in, W, x, y);
   }
   // x [in] through the low-rank map first [in, rank], function, second [rank, out]
   template <typename Function>
@@ -50,8 +51,8 @@ struct Products {
 
 }  // namespace
 
-// n: heads, head size; ranks of w, a, v, g (v: 0 in layer 0); how receptance, key, value and output
-// lie in memory, as in gemv. in: the token, the one before, the state, the first layer's value; then
+// n: heads, head size; ranks of w, a, v, g (v: 0 in layer 0); the format of all matrices; how
+// receptance, key, value and output lie in memory, as in gemv. in: the token, the one before, the state, the first layer's value; then
 // the parameters in the order of mixers/rwkv7_token.py. out: y, the state after, the value.
 EXPORT(time_mix7_token)(ParallelFor parallel, const int64_t* n, const float* const* in,
                         float* const* out) {
@@ -73,10 +74,10 @@ EXPORT(time_mix7_token)(ParallelFor parallel, const int64_t* n, const float* con
   for (int i = 0; i < 6; i++) mix_token(x, last, mix[i], D, mixed[i]);
   const float *xr = mixed[0], *xw = mixed[1], *xk = mixed[2], *xv = mixed[3], *xa = mixed[4];
   const auto same = [](Vec x) { return x; };
-  Products products = {parallel};
-  products(n[6], D, D, p[20], xr, r);
-  products(n[7], D, D, p[21], xk, k);
-  products(n[8], D, D, p[22], xv, value);
+  Products products = {parallel, n[6]};
+  products(n[7], D, D, p[20], xr, r);
+  products(n[8], D, D, p[21], xk, k);
+  products(n[9], D, D, p[22], xv, value);
   products.low_rank(n[2], D, p[7], p[8], xw, hidden, lw, tanh_of);
   products.low_rank(n[3], D, p[10], p[11], xa, hidden, la, same);
   if (v0) products.low_rank(n[4], D, p[13], p[14], xv, hidden, lv, same);
@@ -92,11 +93,11 @@ EXPORT(time_mix7_token)(ParallelFor parallel, const int64_t* n, const float* con
   products.failed |= JOIN(wkv7_forward, ISA)(parallel, sizes, wkv, after);
   const float* finish[] = {y, r, key, used, g, r_k, p[24], p[25], p[26]};
   products.failed |= JOIN(finish7_forward, ISA)(parallel, rows, finish, &z);
-  products(n[9], D, D, p[23], z, out[0]);
+  products(n[10], D, D, p[23], z, out[0]);
   return products.failed;
 }
 
-// n: width, inner width, how key and value lie in memory. in: the token, the one before, their mix,
+// n: width, inner width, the format of the matrices, how key and value lie in memory. in: the token, the one before, their mix,
 // key, value. out: y.
 EXPORT(channel_mix7_token)(ParallelFor parallel, const int64_t* n, const float* const* in,
                            float* const* out) {
@@ -105,13 +106,13 @@ EXPORT(channel_mix7_token)(ParallelFor parallel, const int64_t* n, const float* 
   scratch.floats(D), scratch.floats(inner);
   if (!scratch.allocate()) return 1;
   float *mixed = scratch.floats(D), *hidden = scratch.floats(inner);
-  Products products = {parallel};
+  Products products = {parallel, n[2]};
   mix_token(in[0], in[1], in[2], D, mixed);
-  products(n[2], inner, D, in[3], mixed, hidden);
+  products(n[3], inner, D, in[3], mixed, hidden);
   apply(hidden, inner, [](Vec x) {
     const Vec positive = x < 0.0f ? Vec{} : x;  // a NaN stays one
     return positive * positive;
   });
-  products(n[3], D, inner, in[4], hidden, out[0]);
+  products(n[4], D, inner, in[4], hidden, out[0]);
   return products.failed;
 }
