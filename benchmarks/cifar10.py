@@ -125,6 +125,7 @@ def plan(study: "Study", data: list[str]) -> Iterator[Run]:
     yield from sweep(study, "vrwkv6", [study.best_rate(OURS)])
     yield Run("cifar10", "vrwkv6", 10, 0, study.best_rate("vrwkv6"))
     yield from others(PART_EPOCHS, (1, 2), OURS, "causal, previous", "causal, Q-Shift")
+    yield from others(10, (1, 2), "causal, Q-Shift")
     yield from ours_and_theirs(30, (1, 2))
     yield from others(PART_EPOCHS, (1, 2), *SCANS, "vrwkv_2d", *ABLATION)
     for seed in (1, 2):

@@ -239,7 +239,7 @@ def test_the_plan_holds_every_comparison_over_three_seeds(study, tmp_path) -> No
     counted = {(r["data"], r["epochs"], r["model"]): r["seeds"] for r in study.summary(found.rows)}
     assert set(counted.values()) == {3}
     wholes = {m for d, e, m in counted if (d, e) == ("cifar10", 10)}
-    assert wholes == {"vrwkv", "vit, fan-in", "vrwkv6", "vrwkv7"}
+    assert wholes == {"vrwkv", "vit, fan-in", "vrwkv6", "vrwkv7", "causal, Q-Shift"}
     assert {m for d, e, m in counted if e == 30 or d == "mnist"} == {"vrwkv", "vit, fan-in"}
     parts = {m for d, e, m in counted if e == 5}
     assert parts >= {*study.ABLATION, *study.SCANS, "vrwkv", "vrwkv_2d", "vrwkv, σ 0.02"}
