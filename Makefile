@@ -6,14 +6,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 HOSTS := export/runtimes
-WEB := $(HOSTS)/web
 WORKERS ?= --numprocesses=2 --dist=loadfile
 RACES ?= gemv wkv7 native ops training vision big_pictures cifar10 text_inference generations
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-web lint bench
+.PHONY: help demo test test-all test-web web-tools lint bench
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='arguments of the command']"
@@ -28,11 +27,20 @@ test: $(VENV)/.dev $(VENV)/.native ## install, then run the tests
 test-all: $(VENV)/.dev $(VENV)/.native ## the same with the slow tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
-test-web: $(VENV)/.dev $(WEB)/node_modules/.done $(HOSTS)/node/node_modules/.done ## the hosts in Node and the browser, with Chromium and npm
-	@command -v chromium >/dev/null || { \
-		echo "test-web needs the program chromium: apt-get install chromium" >&2; exit 1; }
-	cd $(WEB) && npm run build
+test-web: web-tools $(VENV)/.dev $(HOSTS)/test/node_modules/.done $(HOSTS)/node/node_modules/.done ## the hosts in Node and the browser: npm, Chromium
 	$(BIN)/python -m pytest -m "" tests/test_export_hosts.py $(ARGS)
+
+web-tools:
+	@command -v npm >/dev/null || { \
+		echo "test-web needs Node.js 20.19 or newer with its npm: nodejs.org" >&2; exit 1; }
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "`id -u`" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing Debian's chromium"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		echo "test-web needs the program chromium; as root: apt-get install chromium" >&2; exit 1; \
+	fi
 
 lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(BIN)/ruff check

@@ -155,7 +155,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "write a checkpoint as ONNX and prove it equal",
         "example:\n  rwkv export runs/text out/\n\n"
         "The folder appears only if its graphs agree with PyTorch. Without PyTorch it runs by:\n"
-        "  rwkv generate out/",
+        "  rwkv generate out/\n\n"
+        "For browsers, and a look at it here (needs Node.js, which builds the page once):\n"
+        "  rwkv export runs/text site/ --web\n"
+        "  rwkv demo --web site/",
     )
     sub.add_argument("path", type=Path, help=MODEL)
     sub.add_argument("out", type=Path, help="folder to write; must not exist")
@@ -177,8 +180,17 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         help="for phones: onnxruntime's own format, operators that NNAPI and CoreML have",
     )
     sub.add_argument(
+        "--web",
+        action="store_true",
+        help="with a page around it: FOLDER is then for browsers, on any static server",
+    )
+    sub.add_argument(
+        "--lane", default="scan",
+        help="what recurrences are made of: scan, linear_attention, chunk or triangle (scan)",
+    )  # fmt: skip
+    sub.add_argument(
         "--profile", action="append", default=[],
-        help="add a graph for another runtime: genai or transformers; may be repeated",
+        help="add a graph: genai, transformers or embeddings (README of export); may be repeated",
     )  # fmt: skip
 
     sub = verb(
@@ -227,13 +239,22 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub = verb(
         _demo,
         "train, export, verify and run a model in about four minutes",
-        "Twice: a language model on CPython's own reference, a classifier of digits. No network.",
+        "Twice: a language model on CPython's own reference, a classifier of digits.\n"
+        "No network, but for npm where --web builds its page the first time.\n\n"
+        "examples:\n  rwkv demo\n  rwkv demo --web\n  rwkv demo --web site/",
     )
     sub.add_argument(
         "--out", type=Path, help="folder (the first free of runs/demo, runs/demo-2, …)"
     )
     sub.add_argument("--seconds", type=float, default=95.0, help="aim of the training time (95)")
     sub.add_argument("--mixer", default="rwkv7", help="RWKV generation (rwkv7)")
+    sub.add_argument(
+        "--web", nargs="?", const=True, type=Path, metavar="FOLDER",
+        help="show both in a page at the end; with a folder of rwkv export --web, only show that",
+    )  # fmt: skip
+    sub.add_argument(
+        "--port", type=int, default=8000, help="of the page; 0 takes a free one (8000)"
+    )
 
     sub = verb(
         _build_native,
@@ -390,21 +411,41 @@ def _export(args: argparse.Namespace) -> None:
     steps = [n for n in (1, 16, 256) if n < args.steps] + [args.steps]
     if args.mobile and args.quantize:
         raise RWKVError("--mobile and --quantize do not go together; choose one")
+    if args.web and (args.mobile or args.lane != "scan" or args.profile):
+        raise RWKVError("--web chooses the graphs itself: leave out --mobile, --lane and --profile")
     model = checkpoint.load(args.path)
+    heldout = importlib.import_module("rwkv_export.heldout")
+    data = heldout.held_out(model, args.data) if args.quantize else None
+    if args.web:
+        web = importlib.import_module("rwkv_export.web")
+        with web.site(args.out) as folder:
+            whole = exporter.export(model, folder / web.WHOLE, steps=steps, lane="web")
+            print(f"{args.out}: {whole.bytes:,} bytes, worst disagreement {whole.worst:.2g}")
+            if args.quantize:
+                _quantize(args, data, whole, folder / args.quantize)
+            web.assign(folder, args.quantize)
+        print(f"to look at it: rwkv demo --web {args.out}")
+        return
     if not args.quantize:
-        lane = "mobile" if args.mobile else "scan"
+        lane = "mobile" if args.mobile else args.lane
         report = exporter.export(model, args.out, steps=steps, lane=lane, profiles=args.profile)
         print(f"{report.folder}: {report.bytes:,} bytes, worst disagreement {report.worst:.2g}")
         return
     if args.out.exists():
         raise RWKVError(f"{args.out} exists already; remove it or choose another folder")
-    data, labels = importlib.import_module("rwkv_export.heldout").held_out(model, args.data)
     with tempfile.TemporaryDirectory() as folder:
-        whole = exporter.export(model, Path(folder) / "whole", steps=steps, profiles=args.profile)
-        made = exporter.compress(
-            whole.folder, args.out, args.quantize, data, labels=labels, keep=args.keep
+        whole = exporter.export(
+            model, Path(folder) / "whole", steps=steps, lane=args.lane, profiles=args.profile
         )
-    print(f"{made.folder}: {made.bytes:,} bytes instead of {whole.bytes:,}")
+        _quantize(args, data, whole, args.out)
+
+
+def _quantize(args: argparse.Namespace, held_out: Any, whole: Any, out: Path) -> None:
+    data, labels = held_out
+    made = importlib.import_module("rwkv_export").compress(
+        whole.folder, out, args.quantize, data, labels=labels, keep=args.keep
+    )
+    print(f"{args.out}: {made.bytes:,} bytes instead of {whole.bytes:,}")
     quality = made.quality
     print(
         f"{made.matrices} matrices in {args.quantize}: KL {quality.kl:.2g}, perplexity × "
@@ -465,11 +506,15 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int | None:
+    if isinstance(args.web, Path):
+        return importlib.import_module("rwkv_export.web").serve(args.web, args.port)
     demo = importlib.import_module("rwkv_export.demo")
     out, n = args.out or Path("runs/demo"), 1
     while args.out is None and out.exists():
         n += 1
         out = Path(f"runs/demo-{n}")
+    if args.web:
+        return demo.run_with_page(out, seconds=args.seconds, mixer=args.mixer, port=args.port)
     return demo.run(out, seconds=args.seconds, mixer=args.mixer)
 
 

@@ -17,8 +17,10 @@ import pytest
 import rwkv_export
 import torch
 from PIL import Image
+from rwkv_export import web
 
 from rwkv_core import checkpoint
+from rwkv_core.cli import main
 from rwkv_core.testing import perturb
 from rwkv_text import TextConfig, host
 from rwkv_text.sampling import Sampler
@@ -46,22 +48,36 @@ def greedy(folder: Path, count: int = TOKENS) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint of a language model over bytes, its weights numbers of 16 bits."""
+    torch.manual_seed(1)
+    config = TextConfig(dim=64, depth=2, mixer_options={"head_dim": 32})
+    model = checkpoint.build("text", config)
+    perturb(model, 0.3)
+    model.half().float()
+    return checkpoint.save(model, tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="module")
+def texts(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return exported language models by what is special about them."""
     folder = tmp_path_factory.mktemp("texts")
-    configs = {"bytes": TextConfig(dim=64, depth=2, mixer_options={"head_dim": 32})}
+    model = checkpoint.load(saved)
+    lanes = {"bytes": "web", "phone": "mobile"}
+    for name, lane in lanes.items():
+        rwkv_export.export(model, folder / name, steps=(1, 16), lane=lane)
+    made = {name: folder / name for name in lanes}
     if vocabulary := package_file():
         path = shutil.copy(vocabulary, folder / "rwkv_vocab_v20230424.txt")
-        configs["world"] = TextConfig(
+        config = TextConfig(
             dim=32, depth=1, tokenizer=str(path), vocab_size=65536, mixer_options={"head_dim": 32}
         )
-    for name, config in configs.items():
         torch.manual_seed(1)
         model = checkpoint.build("text", config)
         perturb(model, 0.3)
-        lane = "chunk" if name == "world" else "scan"
-        rwkv_export.export(model, folder / name, steps=(1, 16), lane=lane)
-    return {name: folder / name for name in configs}
+        rwkv_export.export(model, folder / "world", steps=(1, 16), lane="chunk")
+        made["world"] = folder / "world"
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +117,8 @@ def classifiers(
         )
         model = checkpoint.build("classify", config)
         perturb(model, 0.3)
-        rwkv_export.export(model.eval(), folder / name)
+        lane = {"color": "web", "grey": "scan"}[name]
+        rwkv_export.export(model.eval(), folder / name, lane=lane)
     return {name: folder / name for name in kinds}
 
 
@@ -142,7 +159,7 @@ console.log(JSON.stringify(ids));
 """
 
 
-@pytest.mark.parametrize("name", ["bytes", "world"])
+@pytest.mark.parametrize("name", ["bytes", "world", "phone"])
 def test_node_writes_the_tokens_that_python_writes(texts, node, name):
     if name not in texts:
         pytest.skip("the World vocabulary is not installed: pip install 'rwkv-toolkit[world]'")
@@ -165,7 +182,7 @@ def test_node_sees_the_pixels_and_names_the_class_that_python_does(
     runtime = rwkv_export.load(folder, threads=1)
     result = node("main.mjs", str(folder), *map(str, pictures))
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    expected = runtime.predict(pictures)
+    expected = [runtime.predict([path])[0] for path in pictures]
     assert [row[:2] for row in rows] == [
         [str(path), p.label] for path, p in zip(pictures, expected, strict=True)
     ], result.stderr
@@ -277,27 +294,36 @@ def browser(
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Return ``browser(query, isolated=True, **what to do) -> what the page showed``.
 
-    The page is served as it was built, the exported folders beside it as ``text-*``, ``image-*``.
+    The page is served with the exported folders beside it as ``text-*`` and ``image-*``; of those,
+    WebGPU is given ``image-color`` and WebAssembly ``text-phone``.
     """
-    web = RUNTIMES / "web"
-    programs = {name: shutil.which(name) for name in ("node", "chromium")}
+    folder = RUNTIMES / "test"
+    programs = {name: shutil.which(name) for name in ("node", "npm", "chromium")}
     for name, program in programs.items():
         if not program:
             pytest.skip(f"{name} is not installed")
-    if not (web / "node_modules").is_dir() or not (web / "dist").is_dir():
-        pytest.skip(f"run `npm ci` and `npm run build` in {web}, or `make test-web`")
-    site = shutil.copytree(web / "dist", tmp_path_factory.mktemp("web") / "site")
-    for kind, folders in {"text": texts, "image": classifiers}.items():
-        for name, folder in folders.items():
-            (site / f"{kind}-{name}").symlink_to(folder)
-    servers = {isolated: _serve(site, isolated) for isolated in (True, False)}
+    if not (folder / "node_modules").is_dir():
+        pytest.skip(f"run `npm ci` in {folder}, or `make test-web`")
+    site = tmp_path_factory.mktemp("web") / "site"
+    with web.site(site) as temporary:
+        for kind, folders in {"text": texts, "image": classifiers}.items():
+            for name, exported in folders.items():
+                (temporary / f"{kind}-{name}").symlink_to(exported)
+        models = {"webgpu": "image-color", "wasm": "text-phone"}
+        (temporary / web.MODELS).write_text(json.dumps(models))
+    plain = ThreadingHTTPServer(("127.0.0.1", 0), partial(Plain, directory=str(site)))
+    servers = {True: web.server(site, 0), False: plain}
+    for server in servers.values():
+        Thread(target=server.serve_forever, daemon=True).start()
 
-    def visit(query: str = "", *, isolated: bool = True, **given: object) -> dict[str, Any]:
-        port = servers[isolated].server_address[1]
+    def visit(
+        query: str = "", *, isolated: bool = True, port: int = 0, **given: object
+    ) -> dict[str, Any]:
+        port = port or servers[isolated].server_address[1]
         given |= {"url": f"http://127.0.0.1:{port}/{query}", "chromium": programs["chromium"]}
         result = subprocess.run(
-            [str(programs["node"]), "test/drive.mjs", json.dumps(given)],
-            cwd=web, capture_output=True, text=True, timeout=300,
+            [str(programs["node"]), "drive.mjs", json.dumps(given)],
+            cwd=folder, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         found: dict[str, Any] = json.loads(result.stdout)
@@ -310,33 +336,26 @@ def browser(
         server.server_close()
 
 
+class Plain(SimpleHTTPRequestHandler):
+    """What any static server does."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+Plain.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
+
+
 def screenshot(name: str) -> str | None:
     """Return where to keep a picture of the page, if RWKV_SCREENSHOTS names a folder."""
     folder = os.environ.get("RWKV_SCREENSHOTS")
     return folder and f"{folder}/{name}.png"
 
 
-def _serve(site: Path, isolated: bool) -> ThreadingHTTPServer:
-    class Handler(SimpleHTTPRequestHandler):
-        def end_headers(self) -> None:
-            if isolated:
-                self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-                self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-            super().end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    Handler.extensions_map = {**Handler.extensions_map, ".mjs": "text/javascript"}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
 @pytest.mark.parametrize(
     ("name", "isolated", "backend"),
     [("bytes", True, "wasm"), ("bytes", False, "wasm"), ("bytes", True, "webgpu"),
-     ("world", True, "wasm")],
+     ("world", True, "wasm"), ("phone", True, "wasm")],
 )  # fmt: skip
 def test_chromium_writes_the_tokens_that_python_writes(texts, browser, name, isolated, backend):
     if name not in texts:
@@ -358,9 +377,33 @@ def test_chromium_writes_the_tokens_that_python_writes(texts, browser, name, iso
     assert found["state"]["drawn"] > 32 * 32 / 2
 
 
+@pytest.mark.parametrize("backend", ["wasm", "webgpu"])
+def test_chromium_computes_the_logits_that_python_computes(texts, browser, backend):
+    ids = [0, *PROMPT.encode()][:21]  # a chunk and some more
+    runtime = rwkv_export.load(texts["bytes"], threads=1)
+    stream = runtime.stream(runtime.initial_state("step", 1))
+    for token in ids:
+        logits = stream("step", {"tokens": np.array([[token]])})["logits"]
+    found = browser(f"?model=text-bytes&backend={backend}", webgpu=backend == "webgpu", ids=ids)
+    assert found["phase"] == "text", found["status"]
+    for how, got in zip(("at once", "one by one"), found["logits"], strict=True):
+        np.testing.assert_allclose(got, logits.ravel(), rtol=0, atol=1e-4, err_msg=how)
+
+
+def test_each_backend_gets_its_model_and_webassembly_what_webgpu_refuses(browser, pictures):
+    found = browser(webgpu=True, pictures=[str(pictures[0])])
+    assert found["phase"] == "image", found["status"]
+    assert found["status"].startswith("image-color"), found["status"]
+    assert found["status"].endswith("WebGPU"), found["status"]
+    assert browser()["status"].startswith("text-phone")
+    # its free dimensions are computed on the processor
+    assert browser("?model=image-grey", webgpu=True)["status"].endswith("threads")
+
+
 @pytest.mark.parametrize("name", ["color", "grey"])
 def test_chromium_names_the_class_that_python_does(classifiers, pictures, browser, name):
-    expected = rwkv_export.load(classifiers[name], threads=1).predict(pictures)
+    runtime = rwkv_export.load(classifiers[name], threads=1)
+    expected = [runtime.predict([path])[0] for path in pictures]
     found = browser(
         f"?model=image-{name}&backend=wasm",
         pictures=[*map(str, pictures)],
@@ -370,6 +413,41 @@ def test_chromium_names_the_class_that_python_does(classifiers, pictures, browse
     assert [label for label, _ in found["classes"]] == [p.label for p in expected]
     shares = [float(share.removesuffix(" %")) for _, share in found["classes"]]
     np.testing.assert_allclose(shares, [100 * p.confidence for p in expected], atol=0.25)
+
+
+def test_the_page_looks_through_a_camera(browser):
+    found = browser("?model=image-color&backend=wasm", camera=True)
+    assert found["watching"] == "Stop"
+    assert re.fullmatch(r"\d+ ms", found["note"])
+
+
+def test_an_export_for_the_web_opens_by_itself(saved, texts, browser, tmp_path, capsys):
+    site = tmp_path / "site"
+    arguments = [str(saved), str(site), "--web", "--steps", "16", "--quantize", "fp16"]
+    data = tmp_path / "text.txt"
+    data.write_text("To be, or not to be, that is the question. " * 99)
+    assert main(["export", *arguments, "--data", str(data)]) == 0, capsys.readouterr().err
+    assert json.loads((site / web.MODELS).read_text()) == {"webgpu": "fp16", "wasm": "fp16"}
+    server = web.server(site, 0)
+    Thread(target=server.serve_forever, daemon=True).start()
+    found = browser(port=server.server_address[1], prompt=PROMPT, maxTokens=8)
+    server.shutdown()
+    server.server_close()
+    assert found["status"].startswith("fp16 · WebAssembly"), found["status"]
+    assert found["tokens"] == greedy(texts["bytes"], 8)
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("?model=absent", "this is not an exported model: http"),
+        ("?model=text-bytes&backend=webgpu", "this browser does not offer webgpu"),
+    ],
+)
+def test_the_page_says_what_is_wrong(browser, query, error):
+    found = browser(query, screenshot=screenshot("failed"))
+    assert found["phase"] == "failed"
+    assert found["status"].startswith(error)
 
 
 def test_the_page_opens_a_folder_of_the_visitor(texts, browser):

@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_core import checkpoint
 from rwkv_core.config import override
 from rwkv_core.errors import RWKVError
 from rwkv_core.registry import MIXERS, RECIPES
 from rwkv_core.train import TrainConfig, TrainResult, train
 from rwkv_core.train.threads import probe_threads
+from rwkv_export import web
 from rwkv_export._export import Report, export
 from rwkv_export.runtime import load
 from rwkv_text.baselines import ngram_bits_per_byte, xz_bits_per_byte
 from rwkv_text.data import split_documents
 from rwkv_text.recipes import with_mixer
 
-__all__ = ["run"]
+__all__ = ["run", "run_with_page"]
 
 logger = logging.getLogger(__name__)
 PROMPT = 'The "with" statement'
@@ -82,6 +84,21 @@ def run(out: Path, *, seconds: float = 95.0, mixer: str = "rwkv7") -> None:
     for folder in (out / "text" / "onnx", out / "digits" / "onnx", pictures):
         print(f"  {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     print(f"  {out / 'text' / 'run'} and {out / 'digits' / 'run'}: checkpoints and logs")
+
+
+def run_with_page(out: Path, *, seconds: float, mixer: str, port: int) -> None:
+    """Do what :func:`run` does, put both models behind a page in ``out/web``, serve until Ctrl-C.
+
+    Raises:
+        RWKVError: as ``run``; no npm to build the page, or the port is taken.
+    """
+    web.page()  # what is missing ends here, before the training
+    run(out, seconds=seconds, mixer=mixer)
+    logger.info("exporting for the page")
+    with web.site(out / "web") as folder:
+        for name in ("text", "digits"):
+            export(checkpoint.load(out / name / "run"), folder / name, steps=(1, 16), lane="web")
+    web.serve(out / "web", port, pages=("?model=text", "?model=digits"))
 
 
 def _text(out: Path, seconds: float, mixer: str) -> dict[str, str]:

@@ -104,5 +104,20 @@ export async function initialState(graph, read) {
   return state;
 }
 
+/**
+ * Return whole numbers as the input that a graph declares, which for phones is of 32 bits.
+ * @param {GraphInfo} graph
+ * @param {string} name
+ * @param {number[]} values
+ * @param {number[]} dims
+ * @returns {Values}
+ */
+export function integers({ file, inputs }, name, values, dims) {
+  const dtype = inputs.find((input) => input.name === name)?.dtype;
+  if (dtype === 'int64') return { type: dtype, data: BigInt64Array.from(values, BigInt), dims };
+  if (dtype === 'int32') return { type: dtype, data: Int32Array.from(values), dims };
+  throw new HostError(`${file} takes ${name} as ${dtype ?? 'nothing'}; this host gives integers`);
+}
+
 /** @param {unknown} error */
 const message = (error) => (error instanceof Error ? error.message : String(error));

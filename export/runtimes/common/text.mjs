@@ -1,6 +1,7 @@
 // Running a language model: the prompt at once where the model can, then token by token.
 
 import { HostError } from './errors.mjs';
+import { integers } from './manifest.mjs';
 import { sampler } from './sampling.mjs';
 import { BOUNDARY, StreamDecoder } from './tokenizer.mjs';
 
@@ -36,8 +37,12 @@ export async function readTokens(stream, tokens) {
           ? ['chunk', CHUNK]
           : ['step', 1];
     /** @type {Record<string, import('./manifest.mjs').Values>} */
-    const inputs = { tokens: integers(tokens.slice(at, at + size), [1, size]) };
-    if (graph !== 'step') inputs.positions = integers([size - 1], [1]);
+    const inputs = {
+      tokens: integers(graphs[graph], 'tokens', tokens.slice(at, at + size), [1, size]),
+    };
+    if (graph !== 'step') {
+      inputs.positions = integers(graphs[graph], 'positions', [size - 1], [1]);
+    }
     logits = await stream.run(graph, inputs);
     at += size;
   }
@@ -82,10 +87,3 @@ export async function* generate(stream, tokenizer, prompt, settings = {}) {
   const rest = decoder.flush();
   if (rest) yield rest;
 }
-
-/**
- * @param {number[]} ids
- * @param {number[]} dims
- * @returns {import('./manifest.mjs').Values}
- */
-const integers = (ids, dims) => ({ type: 'int64', data: BigInt64Array.from(ids, BigInt), dims });

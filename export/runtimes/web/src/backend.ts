@@ -1,42 +1,59 @@
-// onnxruntime-web on what the browser has: WebGPU, else WebAssembly, with threads where allowed.
+// onnxruntime-web on WebGPU or on WebAssembly, the latter with threads where the page may have them.
 
 import type * as Ort from 'onnxruntime-web';
 
+export type Place = 'webgpu' | 'wasm';
+
 export interface Backend {
   ort: typeof Ort;
-  name: 'webgpu' | 'wasm';
+  name: Place;
   label: string;
+  options: Ort.InferenceSession.SessionOptions;
 }
 
-/** Load onnxruntime-web; `wanted` forces a backend, `threads` their number (0 chooses). */
-export async function openBackend(wanted: string | null, threads = 0): Promise<Backend> {
-  const gpu = wanted !== 'wasm' && (await hasWebGpu());
-  if (wanted === 'webgpu' && !gpu) throw new Error('this browser offers no WebGPU');
-  const [ort, mjs, wasm] = gpu
-    ? await Promise.all([
-        import('onnxruntime-web/webgpu'),
-        import('onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url'),
-        import('onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url'),
-      ])
-    : await Promise.all([
-        import('onnxruntime-web/wasm'),
-        import('onnxruntime-web/ort-wasm-simd-threaded.mjs?url'),
-        import('onnxruntime-web/ort-wasm-simd-threaded.wasm?url'),
-      ]);
-  const absolute = (url: string) => new URL(url, document.baseURI).href;
-  ort.env.wasm.wasmPaths = { mjs: absolute(mjs.default), wasm: absolute(wasm.default) };
-  const possible = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
-  const used = crossOriginIsolated && threads ? threads : possible;
-  ort.env.wasm.numThreads = used;
-  const label = gpu ? 'WebGPU' : `WebAssembly, ${used} thread${used > 1 ? 's' : ''}`;
-  return { ort, name: gpu ? 'webgpu' : 'wasm', label };
-}
-
-async function hasWebGpu(): Promise<boolean> {
+/** Return where models may run here, the fastest first. */
+export async function places(): Promise<Place[]> {
   const gpu = (navigator as { gpu?: { requestAdapter(): Promise<unknown> } }).gpu;
-  try {
-    return !!(await gpu?.requestAdapter());
-  } catch {
-    return false;
-  }
+  const adapter = await gpu?.requestAdapter().catch(() => null);
+  return adapter ? ['webgpu', 'wasm'] : ['wasm'];
+}
+
+/** Load onnxruntime-web; 0 threads leave their number to this function. */
+export async function openBackend(name: Place, threads = 0): Promise<Backend> {
+  return name === 'webgpu' ? openWebGpu() : openWasm(threads);
+}
+
+async function openWebGpu(): Promise<Backend> {
+  const [ort, mjs, wasm] = await Promise.all([
+    import('onnxruntime-web/webgpu'),
+    import('onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url'),
+    import('onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url'),
+  ]);
+  find(ort, mjs.default, wasm.default);
+  ort.env.wasm.numThreads = 1;
+  const options = {
+    executionProviders: ['webgpu'],
+    // a graph that would travel to the processor and back runs faster there altogether
+    extra: { session: { disable_cpu_ep_fallback: '1' } },
+  };
+  return { ort, name: 'webgpu', label: 'WebGPU', options };
+}
+
+async function openWasm(threads: number): Promise<Backend> {
+  const [ort, mjs, wasm] = await Promise.all([
+    import('onnxruntime-web/wasm'),
+    import('onnxruntime-web/ort-wasm-simd-threaded.mjs?url'),
+    import('onnxruntime-web/ort-wasm-simd-threaded.wasm?url'),
+  ]);
+  find(ort, mjs.default, wasm.default);
+  const wanted = threads || Math.min(4, navigator.hardwareConcurrency || 1);
+  const used = crossOriginIsolated ? wanted : 1;
+  ort.env.wasm.numThreads = used;
+  const label = `WebAssembly, ${used} thread${used > 1 ? 's' : ''}`;
+  return { ort, name: 'wasm', label, options: { executionProviders: ['wasm'] } };
+}
+
+function find(ort: typeof Ort, mjs: string, wasm: string): void {
+  const absolute = (url: string) => new URL(url, document.baseURI).href;
+  ort.env.wasm.wasmPaths = { mjs: absolute(mjs), wasm: absolute(wasm) };
 }

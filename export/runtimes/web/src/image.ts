@@ -6,7 +6,8 @@ import type { Model } from './model';
 
 const SHOWN = 5; // classes
 
-export function showImage(model: Model): void {
+/** Fill the panel; return what stops it. */
+export function showImage(model: Model): () => void {
   const { channels, labels } = model.manifest.metadata;
   const canvas = element('picture', HTMLCanvasElement);
   const choose = element('choose-picture', HTMLInputElement);
@@ -15,7 +16,10 @@ export function showImage(model: Model): void {
   const drop = element('image-panel', HTMLElement);
   const list = element('classes', HTMLElement);
   const status = element('image-status', HTMLElement);
-  status.textContent = `${labels.length} classes`;
+  status.textContent = `One of ${labels.length} classes`;
+  list.replaceChildren();
+  list.removeAttribute('data-best');
+  [canvas.width, canvas.height] = [1, 1];
 
   async function look(source: CanvasImageSource, width: number, height: number): Promise<void> {
     canvas.width = width;
@@ -32,21 +36,27 @@ export function showImage(model: Model): void {
 
   async function open(file: File | undefined): Promise<void> {
     if (!file) return;
+    stop();
     list.removeAttribute('data-best');
     try {
       const bitmap = await createImageBitmap(file, { colorSpaceConversion: 'none' });
       await look(bitmap, bitmap.width, bitmap.height);
     } catch (error) {
+      list.replaceChildren();
       const why = error instanceof Error ? error.message : String(error);
       status.textContent = `${file.name} is damaged or no picture: ${why}`;
     }
   }
 
+  function stop(): void {
+    (video.srcObject as MediaStream | null)?.getTracks().forEach((track) => track.stop());
+    video.srcObject = null;
+    camera.textContent = 'Camera';
+  }
+
   async function watch(): Promise<void> {
     if (video.srcObject) {
-      (video.srcObject as MediaStream).getTracks().forEach((track) => track.stop());
-      video.srcObject = null;
-      camera.textContent = 'Camera';
+      stop();
       return;
     }
     try {
@@ -54,7 +64,7 @@ export function showImage(model: Model): void {
       await video.play();
     } catch (error) {
       status.textContent = `no camera: ${error instanceof Error ? error.message : error}`;
-      video.srcObject = null;
+      stop();
       return;
     }
     camera.textContent = 'Stop';
@@ -71,6 +81,7 @@ export function showImage(model: Model): void {
     event.preventDefault();
     void open(event.dataTransfer?.files[0]);
   };
+  return stop;
 }
 
 function row({ label, confidence }: { label: string; confidence: number }): HTMLElement {

@@ -14,16 +14,28 @@ import {
 import type { Picture } from '../../common/resize.mjs';
 import { openTokenizer, type Tokenizer } from '../../common/tokenizer.mjs';
 import { preprocess, ranked } from '../../common/vision.mjs';
-import type { Backend } from './backend';
+import type { Backend, Place } from './backend';
 
 const WEIGHTS = 'weights.bin';
 
-/** Read a folder that a server offers at `url`. */
-export function overHttp(url: string): ReadFile {
+/** Read a folder that a server offers at `url`; `say` is told how far a large file is. */
+export function overHttp(url: string, say: (what: string) => void): ReadFile {
   return async (name) => {
     const response = await fetch(new URL(name, url));
-    if (!response.ok) throw new HostError(`${response.url}: ${response.status}`);
-    return new Uint8Array(await response.arrayBuffer());
+    if (!response.ok || !response.body) {
+      throw new HostError(`${response.url}: the server answers ${response.status}`);
+    }
+    const total = Number(response.headers.get('Content-Length')) / 1e6;
+    const parts: Uint8Array<ArrayBuffer>[] = [];
+    let megabytes = 0;
+    for (const reader = response.body.getReader(); ; ) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      parts.push(value);
+      megabytes += value.byteLength / 1e6;
+      if (total > 1) say(`Reading ${name}, ${megabytes.toFixed(0)} of ${total.toFixed(0)} MB`);
+    }
+    return new Uint8Array(await new Blob(parts).arrayBuffer());
   };
 }
 
@@ -37,13 +49,19 @@ export function fromDisk(files: Iterable<File>): ReadFile {
   };
 }
 
+/** A graph that onnxruntime does not open on a backend. */
+export class Refused extends HostError {}
+
 /** Return the model of a folder, its graphs opened; `say` is told what is being read. */
 export async function openModel(
   read: ReadFile,
   backend: Backend,
   say: (what: string) => void,
 ): Promise<Model> {
-  const manifest = await readManifest(read);
+  const whole = await readManifest(read);
+  const names = graphsFor(whole, backend.name);
+  const graphs = Object.fromEntries(names.map((name) => [name, whole.graphs[name]]));
+  const manifest = { ...whole, graphs };
   const checked: ReadFile = async (name) => {
     say(`Reading ${name}`);
     const content = await read(name);
@@ -53,24 +71,35 @@ export async function openModel(
   };
   const weights = WEIGHTS in hashes(manifest) ? await checked(WEIGHTS) : undefined;
   const sessions: Record<string, InferenceSession> = {};
-  const wanted = ['step', 'prefill', 'chunk', 'image'].filter((name) => name in manifest.graphs);
-  if (!wanted.length) throw new HostError(`no graph of ${manifest.adapter} runs on this page`);
-  for (const name of wanted) {
-    const graph = manifest.graphs[name];
+  for (const [name, graph] of Object.entries(graphs)) {
     const content = await checked(graph.file);
     say(`Opening ${name}`);
-    sessions[name] = await backend.ort.InferenceSession.create(content, {
-      executionProviders: [backend.name],
-      externalData: weights ? [{ path: WEIGHTS, data: weights }] : [],
-      // a state stays where it was computed
-      preferredOutputLocation: Object.fromEntries(
-        graph.state.map((t) => [`${t.name}_out`, backend.name === 'webgpu' ? 'gpu-buffer' : 'cpu']),
-      ),
-    });
+    try {
+      sessions[name] = await backend.ort.InferenceSession.create(content, {
+        ...backend.options,
+        externalData: weights ? [{ path: WEIGHTS, data: weights }] : [],
+        // a state stays where it was computed
+        preferredOutputLocation: Object.fromEntries(
+          graph.state.map((t) => [`${t.name}_out`, backend.name === 'webgpu' ? 'gpu-buffer' : 'cpu']),
+        ),
+      });
+    } catch (error) {
+      await Promise.all(Object.values(sessions).map((session) => session.release()));
+      throw new Refused(`${graph.file} does not open on ${backend.label}: ${error}`);
+    }
   }
   const tokenizer = 'step' in sessions ? await openTokenizer(manifest, checked) : undefined;
   const state = 'step' in sessions ? await initialState(manifest.graphs.step, checked) : {};
   return new Model(manifest, backend, sessions, state, tokenizer);
+}
+
+/** WebGPU takes only fixed sizes whole, so prompts are read there in chunks. */
+function graphsFor({ graphs, adapter }: Manifest, place: Place): string[] {
+  if ('image' in graphs) return ['image'];
+  if (!('step' in graphs)) throw new HostError(`no graph of ${adapter} runs on this page`);
+  const order = place === 'webgpu' ? ['chunk'] : ['prefill', 'chunk'];
+  const prompts = order.find((name) => name in graphs);
+  return prompts ? ['step', prompts] : ['step'];
 }
 
 export class Model {

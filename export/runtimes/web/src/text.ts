@@ -8,7 +8,8 @@ import type { Model, Stream } from './model';
 
 const REDRAW = 100; // ms between pictures of the state
 
-export function showText(model: Model): void {
+/** Fill the panel; return what stops it. */
+export function showText(model: Model): () => void {
   const tokenizer = model.tokenizer!;
   const states = model.manifest.graphs.step.state.map((t) => t.name);
   const run = element('run', HTMLButtonElement);
@@ -18,6 +19,9 @@ export function showText(model: Model): void {
   const layer = element('state-layer', HTMLSelectElement);
   const canvas = element('state', HTMLCanvasElement);
   which.replaceChildren(...states.map((name) => new Option(name)));
+  layer.replaceChildren();
+  output.replaceChildren();
+  speed.textContent = '';
   which.value = states.find((name) => name === 'wkv') ?? states[0];
   let stream: Stream | undefined;
   let running = false;
@@ -89,6 +93,9 @@ export function showText(model: Model): void {
       running = false;
       run.textContent = 'Write';
     }
+  };
+  return () => {
+    running = false;
   };
 }
 
