@@ -8,7 +8,10 @@ import urllib.error
 import urllib.request
 from threading import Thread
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from rwkv_export import web
 
 from rwkv_core import checkpoint
@@ -110,6 +113,20 @@ def test_a_scheme_goes_where_it_runs_well(tmp_path, scheme, webgpu, wasm):
     models = json.loads((tmp_path / web.MODELS).read_text())
     assert models == {"webgpu": webgpu, "wasm": wasm}
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {webgpu, wasm}
+
+
+def test_tables_that_webgpu_does_not_read_are_refused(tmp_path):
+    table = numpy_helper.from_array(np.zeros((4, 2), np.int8), "embed.8")
+    node = helper.make_node("Gather", ["embed.8", "tokens"], ["y"])
+    tokens = helper.make_tensor_value_info("tokens", TensorProto.INT32, [1])
+    y = helper.make_tensor_value_info("y", TensorProto.INT8, [1, 2])
+    for name in ("fp32", "int8"):
+        (tmp_path / name).mkdir()
+    model = helper.make_model(helper.make_graph([node], "g", [tokens], [y], [table]))
+    onnx.save(model, tmp_path / "int8" / "step.onnx")
+    with pytest.raises(ExportError, match=r"int8 stores embed\.8 in 8 bits.*--keep embed"):
+        web.assign(tmp_path, "int8")
+    assert not (tmp_path / web.MODELS).exists()
 
 
 @pytest.fixture

@@ -81,13 +81,35 @@ def assign(folder: Path, scheme: str | None = None) -> None:
     """Write ``models.json``: the model of a scheme of quantisation goes where it runs well.
 
     The one in ``fp32`` goes to the rest; if none is left, it is removed.
+
+    Raises:
+        ExportError: WebGPU would get a table whose rows are of 8 bits, which it does not read.
     """
     models = dict.fromkeys(("webgpu", "wasm"), WHOLE)
     if scheme:
         models |= dict.fromkeys(PLACES.get(scheme, ("webgpu",)), scheme)
+        if models["webgpu"] == scheme and (tables := tables_in_8_bits(folder / scheme)):
+            raise ExportError(
+                f"{scheme} stores {', '.join(tables)} in 8 bits, whose rows WebGPU does not read; "
+                "add --keep embed, or take int8-dynamic, which is for WebAssembly"
+            )
     if WHOLE not in models.values():
         shutil.rmtree(folder / WHOLE)
     (folder / MODELS).write_text(json.dumps(models, indent=2) + "\n")
+
+
+def tables_in_8_bits(folder: Path) -> list[str]:
+    """Return the tables of bytes that the graphs of a folder look rows up in."""
+    import onnx
+
+    found = set()
+    for path in folder.glob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False).graph
+        dtypes = {t.name: t.data_type for t in graph.initializer}
+        names = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+        bytewise = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        found |= {name for name in names if dtypes.get(name) in bytewise}
+    return sorted(found)
 
 
 def server(folder: Path, port: int = 8000) -> ThreadingHTTPServer:
