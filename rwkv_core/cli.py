@@ -170,6 +170,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         metavar="SCHEME",
         help="fp16, int8, int8-dynamic, int4, int4-16; refused if it costs much on held-out data",
     )
+    sub.add_argument("--half-states", action="store_true", help="with --quantize: states in fp16")
     sub.add_argument("--data", help="held-out data for that (default: the model's own)")
     sub.add_argument(
         "--keep", action="append", default=[], help="layer to leave as it is; may be repeated"
@@ -443,8 +444,9 @@ def _export(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace, held_out: Any, whole: Any, out: Path) -> None:
     data, labels = held_out
     made = importlib.import_module("rwkv_export").compress(
-        whole.folder, out, args.quantize, data, labels=labels, keep=args.keep
-    )
+        whole.folder, out, args.quantize, data,
+        labels=labels, keep=args.keep, half_states=args.half_states,
+    )  # fmt: skip
     print(f"{args.out}: {made.bytes:,} bytes instead of {whole.bytes:,}")
     quality = made.quality
     print(

@@ -16,6 +16,7 @@ from rwkv_core._files import atomic_folder
 from rwkv_core.errors import ExportError
 from rwkv_export import reference
 from rwkv_export.gate import BOUNDS, Bounds, Quality, compare_answers
+from rwkv_export.half_states import halve, in_half
 from rwkv_export.manifest import MANIFEST, PARITY, Manifest, sha256
 from rwkv_export.quantize import layers_of, matrices, quantized
 from rwkv_export.runtime import Runtime
@@ -45,6 +46,7 @@ def compress(
     labels: np.ndarray | None = None,
     bounds: Bounds | None = None,
     keep: Collection[str] = (),
+    half_states: bool = False,
     threads: int = 0,
 ) -> Compressed:
     """Write an exported folder again with quantised weights, if its answers stay within bounds.
@@ -58,6 +60,7 @@ def compress(
         labels: right classes of the inputs [N].
         bounds: None takes ``gate.BOUNDS`` of the scheme.
         keep: layers or weights that stay as they are, such as ``"head"`` or ``"blocks.3"``.
+        half_states: states go in and out in fp16.
         threads: of onnxruntime.
 
     Raises:
@@ -70,7 +73,7 @@ def compress(
     bounds = bounds or BOUNDS.get(scheme, Bounds(kl=0.0))
     with atomic_folder(folder) as temporary:
         kept = _kept(before, keep)
-        count = _write(before, temporary, scheme, kept)
+        count = _write(before, temporary, scheme, kept, half_states)
         after = Runtime(temporary, threads=threads)
         quality = compare_answers(before, after, data, labels)
         broken = bounds.broken(quality)
@@ -99,14 +102,25 @@ def _kept(before: Runtime, keep: Iterable[str]) -> list[str]:
     return found
 
 
-def _write(before: Runtime, folder: Path, scheme: str, keep: Collection[str]) -> int:
+def _write(
+    before: Runtime,
+    folder: Path,
+    scheme: str,
+    keep: Collection[str],
+    half_states: bool = False,
+) -> int:
     """Write the graphs quantised, and everything else as it is; return the matrices quantised."""
     weights = WeightFile(folder / WEIGHTS)
     graphs, counts = {}, set()
     for name, info in before.graphs.items():
         model = onnx.load(before.folder / info.file)
         counts.add(len([m for m in matrices(model) if m not in keep]))
-        small = ir.from_proto(quantized(model, scheme, keep=keep))
+        model = quantized(model, scheme, keep=keep)
+        if half_states:
+            halve(model, [t.name for t in info.state])
+            state = tuple(dataclasses.replace(t, dtype="float16") for t in info.state)
+            info = dataclasses.replace(info, state=state)
+        small = ir.from_proto(model)
         weights.take(small)
         proto = ir.to_proto(small)
         onnx.save(proto, folder / info.file)
@@ -117,6 +131,13 @@ def _write(before: Runtime, folder: Path, scheme: str, keep: Collection[str]) ->
     for file in files:
         if file != WEIGHTS:
             shutil.copy(before.folder / file, folder / file)
+    if half_states:
+        for graph, info in before.graphs.items():
+            for name, values in before.initial_state(graph, 1).items():
+                half, at = in_half(name, values), [t.initial for t in info.state if t.name == name]
+                if isinstance(at[0], str):
+                    (folder / at[0]).write_bytes(half.astype("<f2").tobytes())
+                    files[at[0]] = sha256(folder / at[0])
     files[WEIGHTS] = sha256(folder / WEIGHTS)
     metadata = {**before.metadata, "quantization": scheme}
     manifest = dataclasses.replace(before.manifest, graphs=graphs, files=files, metadata=metadata)

@@ -79,7 +79,7 @@ class Bounds:
 BOUNDS: Mapping[str, Bounds] = {
     "fp16": Bounds(kl=1e-5, top1=0.995, greedy=0.98),
     "int8": Bounds(kl=2e-4, top1=0.99, greedy=0.96),
-    "int8-dynamic": Bounds(kl=5e-3),
+    "int8-dynamic": Bounds(kl=1e-3, top1=0.98),
     "int4": Bounds(kl=5e-3),
     "int4-16": Bounds(kl=5e-3),
 }
@@ -146,6 +146,10 @@ def _logits(run: Runtime, tokens: np.ndarray) -> np.ndarray:
     """Return the logits after each token [T, V] of a document's start."""
     from rwkv_text.host import feed
 
+    if any(t.dtype == "float16" for t in run.graphs["step"].state):  # rounds after every call
+        stream = run.stream(run.initial_state("step", 1))
+        rows = [stream("step", {"tokens": np.array([[t]], np.int64)})["logits"] for t in tokens]
+        return np.concatenate(rows)
     return feed(run, [int(t) for t in tokens])[0]
 
 

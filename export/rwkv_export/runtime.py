@@ -95,7 +95,8 @@ class Runtime:
                 f"{path} belongs to another model: it has fingerprint {info['model']}, "
                 f"{self.folder} has {self.metadata.get('model')}"
             )
-        return state
+        dtypes = {t.name: t.dtype for graph in self.graphs.values() for t in graph.state}
+        return {name: array.astype(dtypes[name], copy=False) for name, array in state.items()}
 
     def predict(self, inputs: Any) -> Any:
         """Return the domain's predictions, computed by the code that serves the torch model."""
