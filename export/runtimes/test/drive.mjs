@@ -82,7 +82,8 @@ try {
   page.setDefaultTimeout(150_000);
   page.on('pageerror', (error) => found.errors.push(error.message));
   if (given.log) page.on('console', (message) => console.error(message.text()));
-  await page.goto(given.url);
+  // Chromium was seen to open and then to ask for nothing
+  await page.goto(given.url, { timeout: 60_000 }).catch(() => page.goto(given.url));
   await page.waitForSelector('body:not([data-phase=opening])');
   if (given.folder) {
     await page.setInputFiles('#choose-folder', given.folder);
