@@ -93,8 +93,10 @@ def cifar10() -> TrainConfig:
     task.model_options.depth=4 --set task.model_options.num_heads=4``; docs/vision.md has such a
     comparison over seeds.
 
-    Not yet trained to its end, 2026-11-21; docs/vision.md says what a model of a fifth of its
-    223,946 parameters reaches.
+    Cut short to three epochs (``--set train.steps=1170 --set train.warmup_steps=60``): 859
+    CPU-seconds on one thread of a shared EPYC core, 223,946 parameters, 64.7 % of the 10,000 test
+    pictures of a JPEG mirror, 2026-11-21. docs/vision.md says what a model of a fifth of its size
+    reaches in ten epochs, beside others.
     """
     return TrainConfig(
         adapter="classify",
