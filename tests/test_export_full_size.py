@@ -39,13 +39,13 @@ def teacher_forced(model, runtime):
     """Return the worst differences of logits from PyTorch, of the steps and of the prefill."""
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=TOKENS)
     expected = model(torch.from_numpy(tokens)[None]).logits_BTV[0].numpy()
-    stream, worst = runtime.stream(runtime.initial_state("step", 1)), 0.0
+    stream, off = runtime.stream(runtime.initial_state("step", 1)), []
     for token, logits in zip(tokens, expected, strict=True):
         found = stream("step", {"tokens": np.array([[token]])})["logits"][0]
-        worst = max(worst, float(np.abs(found - logits).max()))
+        off.append(np.abs(found - logits).max())
     inputs = {"tokens": tokens[None], "positions": np.arange(TOKENS)}
     found = runtime.stream(runtime.initial_state("prefill", 1))("prefill", inputs)["logits"][0]
-    return worst, float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    return np.max(off), np.abs(found - expected).max(), np.abs(expected).max()
 
 
 def at_once_and_by_steps(runtime, pieces):
@@ -60,24 +60,26 @@ def at_once_and_by_steps(runtime, pieces):
         inputs = {"tokens": tokens[:, begin : begin + size], "positions": np.array([size - 1])}
         found = prefill("prefill", inputs)["logits"][:, 0]
     states = [np.abs(prefill.state[n] - x).max() for n, x in step.state.items()]
-    return float(np.abs(found - expected).max()), float(max(states))
+    return np.abs(found - expected).max(), np.max(states)
 
 
-def proven(name, model, folder):
+def proven(name, model, folder, *, relative=False):
+    """Print the differences and hold them to the bounds, of 1 or of the largest logit."""
     runtime = rwkv_export.load(folder, threads=1)
     step, prefill, largest = teacher_forced(model, runtime)
     rng = np.random.default_rng(0)
     cuts = [sorted(rng.choice(np.arange(1, 96), 5, replace=False)) for _ in range(SPLITS)]
     splits = [[int(n) for n in np.diff([0, *cut, 96])] for cut in cuts]
     seen = [at_once_and_by_steps(runtime, p) for p in [*([n] for n in LENGTHS), *splits]]
-    logits, states = (max(column) for column in zip(*seen, strict=True))
+    logits, states = np.max(seen, 0)
     print(
         f"\n{name}: {TOKENS} teacher-forced tokens, logits up to {largest:.1f}: step off by "
         f"{step:.1e}, prefill by {prefill:.1e}; prefill from step at T = 1, 7, 64, 100 and 96 in "
         f"{SPLITS} splits of six: logits {logits:.1e}, states {states:.1e}"
     )
-    assert max(step, prefill) <= 2e-5
-    assert max(logits, states) <= 5e-5
+    scale = largest if relative else 1.0
+    assert np.max([step, prefill]) <= 2e-5 * scale
+    assert np.max([logits, states]) <= 5e-5 * scale
 
 
 def test_the_large_model_is_equal(large):
@@ -97,4 +99,5 @@ def test_a_layer_is_few_nodes(large):
 def test_trained_models_are_equal(name, shared_data, tmp_path):
     model = rwkv_text.load(shared_data / f"rwkv_cpp_tiny/tiny-rwkv-{name}-FP32.bin").eval()
     rwkv_export.export(model, tmp_path / "out", steps=(1, 16))
-    proven(f"tiny trained RWKV {name}", model, tmp_path / "out")
+    # generation 5 normalises first tokens that fp32 knows to five digits
+    proven(f"tiny trained RWKV {name}", model, tmp_path / "out", relative=name.startswith("5"))
