@@ -1,5 +1,6 @@
 """Folders for browsers: built once, whole or not at all, served so that pages get threads."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -165,11 +166,17 @@ def test_a_folder_without_a_page_is_refused(tmp_path, capsys):
 
 def test_the_command_serves_until_ctrl_c(folder):
     command = [sys.executable, "-m", "rwkv_core.cli", "demo", "--web", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        address = p.stdout.readline().strip()
-        with urllib.request.urlopen(address) as answer:
-            assert answer.read() == b"a page"
-        p.send_signal(signal.SIGINT)
-        _, errors = p.communicate(timeout=20)
+    # what a shell starts in the background ignores Ctrl-C, and so would its children
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=hears, **pipes) as p:
+        try:
+            address = p.stdout.readline().strip()
+            with urllib.request.urlopen(address, timeout=20) as answer:
+                assert answer.read() == b"a page"
+            p.send_signal(signal.SIGINT)
+            _, errors = p.communicate(timeout=20)
+        finally:
+            p.kill()
     assert p.returncode == 0
     assert errors == ""
