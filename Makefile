@@ -6,7 +6,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 HOSTS := export/runtimes
-WORKERS ?= --numprocesses=2 --dist=loadfile
+# files in their order: by the number of their tests, the longest would come last, and alone
+WORKERS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 RACES ?= gemv wkv7 native ops training vision big_pictures cifar10 text_inference generations
 
 .DEFAULT_GOAL := help

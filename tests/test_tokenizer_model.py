@@ -216,6 +216,7 @@ def exported(made, tmp_path):
     return shutil.copytree(made[0], tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_an_exported_folder_writes_the_same_text_elsewhere(exported, made, run_python):
     folder, (_, expected) = exported, made
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -162,6 +162,7 @@ except RWKVError as error:
     assert "needs the package tokenizers: pip install 'rwkv-toolkit[pile]'" in printed
 
 
+@pytest.mark.slow
 def test_a_20b_model_is_saved_exported_and_run_with_its_tokenizer(pile, tmp_path):
     config = TextConfig(
         dim=16, depth=1, vocab_size=420, tokenizer=str(pile), mixer_options={"head_dim": 16}
