@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and where what is made again is kept."""
 
 import os
 import shutil
@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_file", "atomic_folder"]
+__all__ = ["atomic_file", "atomic_folder", "cache_folder"]
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder of the toolkit's cache, in RWKV_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("RWKV_CACHE"):
+        return Path(own).expanduser() / name
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "rwkv-toolkit" / name
 
 
 @contextmanager

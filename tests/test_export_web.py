@@ -49,7 +49,7 @@ def test_a_page_is_built_once_for_the_same_sources(tools, tmp_path, monkeypatch)
     assert web.page() == page
     assert (tmp_path / "calls").read_text().split("\n") == ["ci", "run build", ""]
     monkeypatch.setattr(web, "SOURCES", ("web",))
-    assert web._cache() / web._digest(web._sources()) != page
+    assert web._digest(web._sources()) != page.name
 
 
 def test_what_npm_made_in_a_checkout_is_no_source():

@@ -11,7 +11,6 @@ of the lock file and runs no package's own scripts.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from rwkv_core._files import atomic_folder
+from rwkv_core._files import atomic_folder, cache_folder
 from rwkv_core.errors import ExportError
 
 __all__ = ["MODELS", "WHOLE", "assign", "page", "serve", "server", "site"]
@@ -44,7 +43,7 @@ def page() -> Path:
         ExportError: Node.js or npm is missing or too old, or the build failed; says what to do.
     """
     sources = _sources()
-    built = _cache() / _digest(sources)
+    built = cache_folder("web") / _digest(sources)
     if built.exists():
         return built
     _check_node()
@@ -189,13 +188,6 @@ def _digest(sources: Path) -> str:
     for file in _files(sources):
         key.update(str(file.relative_to(sources)).encode() + b"\0" + file.read_bytes() + b"\0")
     return key.hexdigest()[:20]
-
-
-def _cache() -> Path:
-    if own := os.environ.get("RWKV_CACHE"):
-        return Path(own).expanduser() / "web"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rwkv-toolkit" / "web"
 
 
 def _check_node() -> None:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from rwkv_core._files import atomic_file
+from rwkv_core._files import atomic_file, cache_folder
 from rwkv_core.errors import NativeError
 
-__all__ = ["Built", "build", "cache_folder", "compiler", "library_path"]
+__all__ = ["Built", "build", "compiler", "library_path"]
 
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("c++", "g++", "clang++")
@@ -63,15 +63,6 @@ def compiler() -> list[str] | None:
     return None
 
 
-def cache_folder() -> Path:
-    """Return the folder of compiled libraries: in RWKV_CACHE, XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("RWKV_CACHE")
-    if own:
-        return Path(own).expanduser() / "native"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rwkv-toolkit" / "native"
-
-
 def library_path() -> Path:
     """Return where the library for these sources, flags, torch and kind of machine belongs."""
     key = hashlib.sha256()
@@ -85,7 +76,7 @@ def library_path() -> Path:
         list(variants().items()),
     ]
     key.update(json.dumps(about).encode())
-    return cache_folder() / f"{key.hexdigest()[:20]}.so"
+    return cache_folder("native") / f"{key.hexdigest()[:20]}.so"
 
 
 def build(*, force: bool = False) -> Built:
