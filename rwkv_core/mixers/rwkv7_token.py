@@ -119,7 +119,8 @@ def _fits(x: Tensor) -> bool:
 
 
 def _widened(rows: Sequence[Tensor | None]) -> list[Any]:
-    return [None if x is None else x.float() for x in rows]
+    # a call of torch for each would be felt: they are eighteen of a layer
+    return [x if x is None or x.dtype is torch.float32 else x.float() for x in rows]
 
 
 @functools.lru_cache(maxsize=8)
