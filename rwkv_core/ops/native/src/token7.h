@@ -110,7 +110,7 @@ EXPORT(channel_mix7_token)(ParallelFor parallel, const int64_t* n, const float* 
   mix_token(in[0], in[1], in[2], D, mixed);
   products(n[3], inner, D, in[3], mixed, hidden);
   apply(hidden, inner, [](Vec x) {
-    const Vec positive = x < 0.0f ? Vec{} : x;  // a NaN stays one
+    const Vec positive = relu(x);
     return positive * positive;
   });
   products(n[4], D, inner, in[4], hidden, out[0]);

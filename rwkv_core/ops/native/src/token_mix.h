@@ -76,6 +76,8 @@ struct TokenMixBackward {
   }
 };
 
+INLINE Vec relu(Vec x) { return x < 0.0f ? Vec{} : x; }  // a NaN stays one
+
 // relu(x)², and its derivative 2 relu(x).
 struct SquaredRelu {
   int64_t n;
@@ -89,7 +91,7 @@ struct SquaredRelu {
     const float *from = x + begin * SPAN, *back = grad ? grad + begin * SPAN : nullptr;
     float* to = out + begin * SPAN;
     each_vector(stop - begin * SPAN, [&](int64_t i, auto read, auto write) {
-      const Vec value = read(from + i), positive = value < 0.0f ? Vec{} : value;  // a NaN stays one
+      const Vec positive = relu(read(from + i));
       write(to + i, back ? 2.0f * positive * read(back + i) : positive * positive);
     });
     return true;
