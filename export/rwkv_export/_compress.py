@@ -112,6 +112,7 @@ def _write(
     """Write the graphs quantised, and everything else as it is; return the matrices quantised."""
     weights = WeightFile(folder / WEIGHTS)
     graphs, counts = {}, set()
+    starts: dict[float | str | None, np.ndarray] = {}  # of the states, in fp16
     for name, info in before.graphs.items():
         model = onnx.load(before.folder / info.file)
         counts.add(len([m for m in matrices(model) if m not in keep]))
@@ -119,6 +120,8 @@ def _write(
         if half_states:
             halve(model, [t.name for t in info.state])
             state = tuple(dataclasses.replace(t, dtype="float16") for t in info.state)
+            for t, values in zip(info.state, before.initial_state(name, 1).values(), strict=True):
+                starts[t.initial] = in_half(t.name, values)
             info = dataclasses.replace(info, state=state)
         small = ir.from_proto(model)
         weights.take(small)
@@ -131,13 +134,9 @@ def _write(
     for file in files:
         if file != WEIGHTS:
             shutil.copy(before.folder / file, folder / file)
-    if half_states:
-        for graph, info in before.graphs.items():
-            for name, values in before.initial_state(graph, 1).items():
-                half, at = in_half(name, values), [t.initial for t in info.state if t.name == name]
-                if isinstance(at[0], str):
-                    (folder / at[0]).write_bytes(half.astype("<f2").tobytes())
-                    files[at[0]] = sha256(folder / at[0])
+    for file in files.keys() & starts.keys():  # the others start from one number
+        (folder / file).write_bytes(starts[file].astype("<f2").tobytes())
+        files[file] = sha256(folder / file)
     files[WEIGHTS] = sha256(folder / WEIGHTS)
     metadata = {**before.metadata, "quantization": scheme}
     manifest = dataclasses.replace(before.manifest, graphs=graphs, files=files, metadata=metadata)
