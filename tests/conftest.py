@@ -16,6 +16,11 @@ import torch
 import torch.utils._device
 from PIL import Image
 
+from rwkv_core import checkpoint
+from rwkv_core.testing import perturb
+from rwkv_vision.config import ClassifyConfig
+from rwkv_vision.model import Classifier
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rwkv_core", "rwkv_text", "rwkv_vision", "rwkv_export")
 
@@ -122,6 +127,26 @@ def paint() -> Callable[..., Path]:
 def colors(paint: Callable[..., Path], tmp_path: Path) -> Path:
     """Return a folder of pictures in the classes blue, green and red."""
     return paint(tmp_path / "colors")
+
+
+@pytest.fixture
+def classifier(colors: Path) -> Callable[..., Classifier]:
+    """Return ``classifier(embed_dim=16) -> model`` of one layer for the pictures of ``colors``."""
+
+    def make(embed_dim: int) -> Classifier:
+        config = ClassifyConfig(
+            model="test_vrwkv",
+            model_options={"embed_dim": embed_dim, "depth": 1, "patch_size": 4},
+            data=str(colors),
+            image_size=(12, 8),
+            batch_size=4,
+        )
+        torch.manual_seed(0)
+        model = checkpoint.build("classify", config)
+        perturb(model, 0.05)
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from rwkv_core.cli import main
 from rwkv_core.errors import ExportError
 from rwkv_core.testing import perturb
 from rwkv_text import TextConfig
-from rwkv_vision.config import ClassifyConfig
 
 SHAPE = (1, 7, 6)
 CASES = {
@@ -115,16 +114,8 @@ def test_a_step_is_one_part_of_nnapi_and_coreml(mixer, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_classifier_is_one_part_of_nnapi(paint, tmp_path, capsys):
-    config = ClassifyConfig(
-        model="test_vrwkv",
-        model_options={"embed_dim": 16, "depth": 1, "patch_size": 4},
-        data=str(paint(tmp_path / "colors")),
-        image_size=(12, 8),
-        batch_size=4,
-    )
-    model = checkpoint.build("classify", config)
-    perturb(model, 0.05)
+def test_a_classifier_is_one_part_of_nnapi(classifier, tmp_path, capsys):
+    model = classifier(embed_dim=16)
     report = rwkv_export.export(model.eval(), tmp_path / "out", lane="mobile")
     assert report.worst <= 1e-5
     said = proven(tmp_path / "out", "image")
