@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 HOSTS := export/runtimes
 # files in their order: by the number of their tests, the longest would come last, and alone
 WORKERS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-RACES ?= gemv wkv7 native ops training vision big_pictures cifar10 text_inference generations
+RACES ?= gemv wkv7 native ops training vision big_pictures cifar10 text_inference exported generations
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -32,6 +32,7 @@ MODEL = "model.pth"  # under the official names, fp32
 
 def write(config: TextConfig, folder: Path) -> None:
     """Write a model of random weights as ``model.pth`` in the official layout."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = CausalLM(config)
     perturb(model, 0.02)  # what starts at zero would hide a fault
@@ -61,22 +62,30 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> Engine:
     return read
 
 
-def ours_onnx(folder: Path) -> Engine:
-    """Our exported step in onnxruntime; it reads one token at a time."""
+def ours_onnx(folder: Path, scheme: str = "fp32") -> Engine:
+    """Our exported graphs in onnxruntime, their weights as they are or quantised."""
     race.installed("onnxruntime")
     import rwkv_export
+    from rwkv_export.gate import ANYTHING
 
-    rwkv_export.export(load(folder / MODEL), folder / "onnx", steps=(1, 8))
-    runtime = rwkv_export.load(folder / "onnx", threads=torch.get_num_threads())
-    state: dict[str, np.ndarray] = {}
+    whole = folder / "onnx"
+    if not whole.exists():
+        rwkv_export.export(load(folder / MODEL), whole, steps=(1, 8))
+    if scheme != "fp32" and not (folder / scheme).exists():
+        few = np.zeros((1, 8), np.int64)  # random weights have no quality to lose
+        rwkv_export.compress(whole, folder / scheme, scheme, few, bounds=ANYTHING)
+    runtime = rwkv_export.load(folder / scheme if scheme != "fp32" else whole,
+                               threads=torch.get_num_threads())  # fmt: skip
+    stream = runtime.stream(runtime.initial_state("step", 1))
 
     def read(tokens: list[int], fresh: bool) -> np.ndarray:
-        nonlocal state
-        state = runtime.initial_state("step", 1) if fresh or not state else state
-        for token in tokens:
-            state = runtime("step", {"tokens": np.array([[token]], np.int64), **state})
-            logits = state.pop("logits")[0]
-        return logits
+        nonlocal stream
+        if fresh:
+            stream = runtime.stream(runtime.initial_state("step", 1))
+        if len(tokens) == 1:
+            return stream("step", {"tokens": np.array([tokens])})["logits"][0].copy()
+        inputs = {"tokens": np.array([tokens]), "positions": np.array([len(tokens) - 1])}
+        return stream("prefill", inputs)["logits"][0, 0].copy()
 
     return read
 
@@ -164,13 +173,14 @@ def rwkv_cpp(folder: Path, version: str, dtype: str = "FP32") -> Engine:
 
 
 def llama_cpp(folder: Path, kind: str = "F32") -> Engine:
-    """Run llama.cpp through its C interface; ``kind`` is F32, F16 or Q8_0."""
+    """Run llama.cpp through its C interface; ``kind`` is F32, F16 Q8_0, Q4_0 or Q4_1."""
     race.installed("llama-cpp-python", "pip install --no-binary=:all: llama-cpp-python")
     race.installed("gguf")
     import llama_cpp as lib
 
     path = folder / f"{kind}.gguf"
-    gguf_file.write(folder / MODEL, path, kind)
+    if not path.exists():
+        gguf_file.write(folder / MODEL, path, kind)
     _quiet(lib)
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(os.fsencode(path), lib.llama_model_default_params())

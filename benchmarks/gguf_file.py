@@ -34,7 +34,7 @@ def write(source: Path, path: Path, kind: str) -> None:
     Args:
         source: an official ``.pth`` of generation 7, in fp32.
         path: the file to write.
-        kind: ``"F32"``, ``"F16"`` or ``"Q8_0"``, of the matrices.
+        kind: of the matrices: ``"F32"``, ``"F16"``, ``"Q8_0"``, ``"Q4_0"`` or ``"Q4_1"``.
     """
     import gguf
 

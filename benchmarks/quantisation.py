@@ -17,16 +17,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import rwkv_export
-from rwkv_export.gate import compare_answers
+from rwkv_export.gate import ANYTHING, compare_answers
 from rwkv_export.heldout import held_out
 from rwkv_export.quantize import SCHEMES
 
 from rwkv_core import checkpoint
 
 ROUNDS, TOKENS, PROMPT = 5, 32, 256
-ANYTHING = rwkv_export.Bounds(
-    kl=float("inf"), perplexity_ratio=float("inf"), top1=0.0, greedy=0.0, drop=1.0
-)
 
 
 def speeds(runtimes):

@@ -44,7 +44,6 @@ LARGE = {"dim": 768, "depth": 12, "vocab_size": 65536}
 QUICK = {"dim": 256, "depth": 2, "vocab_size": 1024}
 FP32, HALF, ANY = 1e-3, 0.2, float("inf")  # how far a logit may be from ours in fp32
 OURS = "ours, fp32"
-STEP_ONLY = {"ours, ONNX fp32"}  # a prompt costs what decoding it does
 COLUMNS = {
     "|Δ logit|": ".1e", "decode tok/s": ".1f", "best decode": ".1f", "ours/this decode": ".2f",
     "prefill tok/s": ".0f", "best prefill": ".0f", "ours/this prefill": ".2f",
@@ -135,8 +134,7 @@ def one_case(
         present, rows = race.line_up({OURS: lambda: (ours, 0.0), **makers})
         runs: dict[tuple[str, str], Callable[[], object]] = {}
         for who, (engine, _) in present.items():
-            if who not in STEP_ONLY:
-                runs[who, "prefill"] = lambda e=engine: e(tokens[:prefill], True)
+            runs[who, "prefill"] = lambda e=engine: e(tokens[:prefill], True)
             runs[who, "decode"] = lambda e=engine: [e([t], False) for t in tokens[:decode]]
         times = race.interleave(runs, rounds)
     found: dict[str, race.Row] = {row["name"]: row for row in rows}

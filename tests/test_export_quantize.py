@@ -1,5 +1,6 @@
 """Quantised folders: every matrix smaller, the same contract, and a gate that refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import rwkv_export
 import torch
 from rwkv_export import reference
 from rwkv_export._compress import compress
-from rwkv_export.gate import Bounds, compare_answers
+from rwkv_export.gate import ANYTHING, Bounds, compare_answers
 from rwkv_export.half_states import in_half
 from rwkv_export.heldout import held_out
 from rwkv_export.quantize import layers_of, matrices, outliers, quantized
@@ -18,12 +19,10 @@ from rwkv_core import checkpoint
 from rwkv_core.errors import ExportError
 from rwkv_core.testing import perturb
 from rwkv_text import TextConfig
-from rwkv_vision.config import ClassifyConfig
 
 pytestmark = pytest.mark.slow
 
 # random weights say nothing about quality: what is measured here is that it is measured
-LOOSE = Bounds(kl=10.0, perplexity_ratio=100.0, top1=0.0, greedy=0.0)
 SIZE = {"fp16": 0.60, "int8": 0.36, "int8-dynamic": 0.36, "int4": 0.28, "int4-16": 0.33}
 
 
@@ -47,7 +46,7 @@ def tokens():
 def test_every_matrix_is_quantised_and_the_folder_keeps_its_contract(
     exported, tokens, scheme, tmp_path
 ):
-    made = compress(exported, tmp_path / "small", scheme, tokens, bounds=LOOSE)
+    made = compress(exported, tmp_path / "small", scheme, tokens, bounds=ANYTHING)
     before, after = rwkv_export.load(exported), rwkv_export.load(tmp_path / "small")
     wanted = matrices(onnx.load(exported / "step.onnx"))
     assert made.matrices == len(wanted) >= 13
@@ -109,7 +108,7 @@ def test_beyond_the_bounds_it_is_refused_and_the_worst_layers_named(exported, to
     assert layers <= {"blocks.0", "blocks.1", "embed", "head"}
     assert not list(tmp_path.iterdir())
     # what is named and kept is no longer quantised
-    made = compress(exported, tmp_path / "kept", "int4", tokens, bounds=LOOSE, keep=layers)
+    made = compress(exported, tmp_path / "kept", "int4", tokens, bounds=ANYTHING, keep=layers)
     rest = layers_of(matrices(onnx.load(exported / "step.onnx")))
     assert made.matrices == sum(len(own) for name, own in rest.items() if name not in layers)
     with pytest.raises(ExportError, match=r"no layer or weight 'blocks\.9'; layers: "):
@@ -149,22 +148,13 @@ def test_the_command_quantises_on_held_out_data_of_the_models_own(tmp_path, caps
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_classifier_passes_the_gate_or_names_what_it_lost(paint, tmp_path):
-    config = ClassifyConfig(
-        model="test_vrwkv",
-        model_options={"embed_dim": 64, "depth": 1, "patch_size": 4},
-        data=str(paint(tmp_path / "colors")),
-        image_size=(12, 8),
-        batch_size=4,
-    )
-    torch.manual_seed(0)
-    model = checkpoint.build("classify", config)
-    perturb(model, 0.05)
+def test_a_classifier_passes_the_gate_or_names_what_it_lost(classifier, tmp_path):
+    model = classifier(embed_dim=64)
     rwkv_export.export(model.eval(), tmp_path / "whole")
     images, labels = held_out(model)
     assert len(images) == len(labels) > 1
     made = compress(tmp_path / "whole", tmp_path / "small", "int8", images, labels=labels,
-                    bounds=LOOSE)  # fmt: skip
+                    bounds=ANYTHING)  # fmt: skip
     assert made.matrices >= 4
     before, after = (
         rwkv_export.load(tmp_path / name)("image", {"image": images})["logits"].argmax(-1)
@@ -172,11 +162,11 @@ def test_a_classifier_passes_the_gate_or_names_what_it_lost(paint, tmp_path):
     )
     assert made.quality.drop == (before == labels).mean() - (after == labels).mean()
     # right is what the model answers; so an answer that changes is one that was lost
-    strict = Bounds(kl=10.0, perplexity_ratio=100.0, top1=0.0, greedy=0.0, drop=-0.5)
+    strict = dataclasses.replace(ANYTHING, drop=-0.5)
     with pytest.raises(ExportError, match=r"int8 is refused: accuracy .* lower. What costs most"):
         compress(tmp_path / "whole", tmp_path / "no", "int8", images, labels=before, bounds=strict)
     # without classes there is a file without NaN
-    compress(tmp_path / "whole", tmp_path / "unlabelled", "int8", images, bounds=LOOSE)
+    compress(tmp_path / "whole", tmp_path / "unlabelled", "int8", images, bounds=ANYTHING)
     said = json.loads(
         (tmp_path / "unlabelled/parity.json").read_text(), parse_constant=lambda name: 1 / 0
     )
@@ -185,8 +175,8 @@ def test_a_classifier_passes_the_gate_or_names_what_it_lost(paint, tmp_path):
 
 
 def test_states_in_half_are_carried_by_every_graph(exported, tokens, tmp_path):
-    made = compress(exported, tmp_path / "half", "fp16", tokens, bounds=LOOSE, half_states=True)
-    whole = compress(exported, tmp_path / "whole", "fp16", tokens, bounds=LOOSE)
+    made = compress(exported, tmp_path / "half", "fp16", tokens, bounds=ANYTHING, half_states=True)
+    whole = compress(exported, tmp_path / "whole", "fp16", tokens, bounds=ANYTHING)
     assert made.quality.kl > whole.quality.kl  # it rounds, and the gate sees it
     assert made.quality.worst_logit <= 1e-2
     runtime = rwkv_export.load(tmp_path / "half")
@@ -214,7 +204,7 @@ def test_states_in_half_begin_where_they_began(tmp_path):
     perturb(model, 0.05)
     rwkv_export.export(model, tmp_path / "out", steps=(1,))
     tokens = np.arange(60).reshape(2, 30)
-    compress(tmp_path / "out", tmp_path / "half", "fp16", tokens, bounds=LOOSE, half_states=True)
+    compress(tmp_path / "out", tmp_path / "half", "fp16", tokens, bounds=ANYTHING, half_states=True)
     before, after = (rwkv_export.load(tmp_path / name) for name in ("out", "half"))
     expected = before.initial_state("step", 2)["wkv"]
     assert expected.any()
