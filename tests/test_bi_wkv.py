@@ -58,7 +58,7 @@ def test_reference_is_the_formula(T: int) -> None:
 @pytest.mark.parametrize("T", LENGTHS)
 def test_prefix_matches_the_formula(T: int, decay: float) -> None:
     for spread in (1.0, 8.0):
-        inputs = draw(T, decay, spread)
+        inputs = draw(T, decay, spread, C=2)  # both signs of the decay
         expected = torch.from_numpy(formula(*(x.double().numpy() for x in inputs)))
         for run in (PLAIN, ADJOINT):
             y_BTC = run(*(x.requires_grad_() for x in inputs))

@@ -45,7 +45,7 @@ from rwkv_core.cli import main
 from rwkv_core.registry import ADAPTERS
 from rwkv_core.testing import check_adapter
 assert "recall" in ADAPTERS and "recall" not in sys.modules
-check_adapter("recall", ADAPTERS["recall"].Config(events=8, batch_size=4))
+check_adapter("recall", ADAPTERS["recall"].Config(events=8, batch_size=4), onnx=False)  # below
 small = ["--set", "train.steps=3", "--set", "task.batch_size=4", "--set", "train.threads=1"]
 assert main(["train", "recall", "--out", "run", *small]) == 0
 assert main(["eval", "run"]) == 0
