@@ -122,3 +122,10 @@ def test_a_classifier_is_one_part_of_nnapi(classifier, tmp_path, capsys):
     for name in ("NNAPI", "CoreML MLProgram"):
         assert (said[name]["usable"], said[name]["parts"]) == ("YES", 1)
         assert said[name]["unsupported"] == []
+    runtime = rwkv_export.load(tmp_path / "out")
+    (shape,) = [t.shape for t in runtime.graphs["image"].inputs]
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, *shape[2:], 3), np.uint8))
+    for ours, expected in zip(runtime.predict(pictures), model.predict(pictures), strict=True):
+        np.testing.assert_allclose(ours.logits, expected.logits, atol=1e-5)
+    with pytest.raises(ExportError, match=r"takes 'image' as float32 \[1, 3, 12, 8\]"):
+        runtime("image", {"image": np.zeros((2, 3, 12, 9), np.float32)})

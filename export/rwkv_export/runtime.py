@@ -11,7 +11,7 @@ import numpy as np
 from rwkv_core.adapter import Arrays
 from rwkv_core.errors import ExportError
 from rwkv_core.registry import ADAPTERS
-from rwkv_export.manifest import Manifest, present, sha256
+from rwkv_export.manifest import GraphInfo, Manifest, present, sha256
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -51,10 +51,15 @@ class Runtime:
     def __call__(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
         """Return the outputs of ``graph``, state tensors under their input names.
 
+        A graph that takes a single input, as for phones and pages, reads a batch one by one.
+
         Raises:
             ExportError: an input that is missing, unknown, or of another dtype or shape.
         """
         info = self.graphs[graph]
+        if n := _singly(info, inputs):
+            parts = [self(graph, {k: x[i : i + 1] for k, x in inputs.items()}) for i in range(n)]
+            return {name: np.concatenate([part[name] for part in parts]) for name in info.outputs}
         self._check(graph, inputs)
         state = [t.name for t in info.state]
         wanted = [*info.outputs, *map(present, state)]
@@ -202,6 +207,14 @@ class Stream:
     def state(self) -> dict[str, np.ndarray]:
         """A copy of the state after the last call."""
         return {name: value.numpy().copy() for name, value in self._now.items()}
+
+
+def _singly(info: GraphInfo, inputs: Arrays) -> int:
+    """Return of how many the batch is if the graph takes them singly, else 0."""
+    sizes = {array.shape[0] if array.ndim else 1 for array in inputs.values()}
+    if info.state or len(sizes) != 1 or any(t.shape[:1] != (1,) for t in info.inputs):
+        return 0
+    return sizes.pop() if max(sizes) > 1 else 0
 
 
 def _values(kind: Any, state: Mapping[str, np.ndarray]) -> "dict[str, OrtValue]":
