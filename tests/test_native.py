@@ -474,7 +474,8 @@ def test_not_built_runs_the_torch_forms_and_says_so(fresh: Path) -> None:
 
 
 def test_build_fills_the_cache_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "variants", lambda: build.PLAIN)  # one of three: seconds of compiling
+    # one instruction set of three: a third of the compiling
+    monkeypatch.setattr(build, "variants", lambda: build.PLAIN)
     first, second = build.build(), build.build()
     assert first.path == second.path == build.library_path()
     assert first.seconds > 0
