@@ -28,7 +28,7 @@ from text_inference import ANY, FP32, LARGE, QUICK, answers
 
 from rwkv_text import TextConfig
 
-SCHEMES = ("int8", "int8-dynamic", "int4", "int4-16")
+SCHEMES = ("int8", "int8-dynamic", "int4")
 KINDS = ("F32", "Q8_0", "Q4_0", "Q4_1")  # of llama.cpp
 READ = 512 << 20  # bytes, more than any cache holds
 COLUMNS = {

@@ -168,7 +168,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     sub.add_argument(
         "--quantize",
         metavar="SCHEME",
-        help="fp16, int8, int8-dynamic, int4, int4-16; refused if it costs much on held-out data",
+        help="fp16, int8, int8-dynamic, int4; refused if it costs much on held-out data",
     )
     sub.add_argument("--half-states", action="store_true", help="with --quantize: states in fp16")
     sub.add_argument("--data", help="held-out data for that (default: the model's own)")

@@ -18,7 +18,8 @@ from rwkv_export import reference
 from rwkv_export.gate import BOUNDS, Bounds, Quality, compare_answers
 from rwkv_export.half_states import halve, in_half
 from rwkv_export.manifest import MANIFEST, PARITY, Manifest, sha256
-from rwkv_export.quantize import layers_of, matrices, quantized
+from rwkv_export.moments import moments
+from rwkv_export.quantize import ROUNDED_BY_DATA, Moments, layers_of, matrices, quantized
 from rwkv_export.runtime import Runtime
 from rwkv_export.weights import WEIGHTS, WeightFile
 
@@ -54,9 +55,9 @@ def compress(
     Args:
         source: a folder that ``export`` wrote.
         folder: where; must not exist.
-        scheme: ``"fp16"``, ``"int8"``, ``"int8-dynamic"``, ``"int4"`` or ``"int4-16"``; see
-            ``quantize.py``.
-        data: tokens [N, T] of held-out text, or inputs of a whole-input graph [N, ...].
+        scheme: ``"fp16"``, ``"int8"``, ``"int8-dynamic"`` or ``"int4"``; see ``quantize.py``.
+        data: tokens [N, T] of held-out text, or inputs of a whole-input graph [N, ...]. ``int4``
+            is rounded by the first half of the rows and judged by the others.
         labels: right classes of the inputs [N].
         bounds: None takes ``gate.BOUNDS`` of the scheme.
         keep: layers or weights that stay as they are, such as ``"head"`` or ``"blocks.3"``.
@@ -64,21 +65,32 @@ def compress(
         threads: of onnxruntime.
 
     Raises:
-        ExportError: the answers leave the bounds; the three layers that cost most are named.
+        ExportError: the answers leave the bounds; the three layers that cost most are named. Or
+            ``int4`` with a single row of data.
     """
     source, folder = Path(source), Path(folder)
     before = Runtime(source, threads=threads)
     if before.metadata.get("quantization"):
         raise ExportError(f"{source} is quantised already; start from the folder in fp32")
     bounds = bounds or BOUNDS.get(scheme, Bounds(kl=0.0))
+    read: Moments = {}
+    if scheme in ROUNDED_BY_DATA:
+        seen, data = data[: len(data) // 2], data[len(data) // 2 :]
+        labels = labels if labels is None else labels[len(seen) :]
+        if not len(seen):
+            raise ExportError(
+                f"{scheme} is rounded by half of the rows of data and judged by the others; "
+                f"got {len(data)}, give at least two"
+            )
+        read = moments(before, seen)
     with atomic_folder(folder) as temporary:
         kept = _kept(before, keep)
-        count = _write(before, temporary, scheme, kept, half_states)
+        count = _write(before, temporary, scheme, kept, read, half_states)
         after = Runtime(temporary, threads=threads)
         quality = compare_answers(before, after, data, labels)
         broken = bounds.broken(quality)
         if broken:
-            worst = _worst_layers(before, scheme, data, labels, kept, threads)
+            worst = _worst_layers(before, scheme, data, labels, kept, read, threads)
             named = ", ".join(f"{layer} (KL {kl:.2g})" for layer, kl in worst)
             raise ExportError(
                 f"{scheme} is refused: {'; '.join(broken)}. What costs most: {named}. Keep those "
@@ -107,6 +119,7 @@ def _write(
     folder: Path,
     scheme: str,
     keep: Collection[str],
+    read: Moments,
     half_states: bool = False,
 ) -> int:
     """Write the graphs quantised, and everything else as it is; return the matrices quantised."""
@@ -116,7 +129,7 @@ def _write(
     for name, info in before.graphs.items():
         model = onnx.load(before.folder / info.file)
         counts.add(len([m for m in matrices(model) if m not in keep]))
-        model = quantized(model, scheme, keep=keep)
+        model = quantized(model, scheme, keep=keep, moments=read)
         if half_states:
             halve(model, [t.name for t in info.state])
             state = tuple(dataclasses.replace(t, dtype="float16") for t in info.state)
@@ -150,6 +163,7 @@ def _worst_layers(
     data: np.ndarray,
     labels: np.ndarray | None,
     keep: Collection[str],
+    read: Moments,
     threads: int,
 ) -> list[tuple[str, float]]:
     """Return the three layers that alone cost most, and their divergence."""
@@ -159,7 +173,7 @@ def _worst_layers(
     costs = []
     for layer, own in layers_of(sorted(names - set(keep))).items():
         with tempfile.TemporaryDirectory() as folder:
-            _write(before, Path(folder), scheme, names - set(own))
+            _write(before, Path(folder), scheme, names - set(own), read)
             some = None if labels is None else labels[:PROBED]
             quality = compare_answers(before, Runtime(folder, threads=threads), data[:PROBED], some)
         costs.append((layer, quality.kl if np.isfinite(quality.kl) else float("inf")))

@@ -81,7 +81,6 @@ BOUNDS: Mapping[str, Bounds] = {
     "int8": Bounds(kl=2e-4, top1=0.99, greedy=0.96),
     "int8-dynamic": Bounds(kl=1e-3, top1=0.98),
     "int4": Bounds(kl=5e-3),
-    "int4-16": Bounds(kl=5e-3),
 }
 ANYTHING = Bounds(  # for a model whose quality is of no interest, or to be measured
     kl=float("inf"), perplexity_ratio=float("inf"), top1=0.0, greedy=0.0, drop=1.0

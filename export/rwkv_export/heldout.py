@@ -45,7 +45,7 @@ def held_out(model: nn.Module, data: str | None = None) -> tuple[np.ndarray, np.
     if images:
         return np.concatenate(images)[:PICTURES], np.concatenate(targets)[:PICTURES]
     flat = np.concatenate(tokens) if tokens else np.empty(0, np.int64)
-    length = min(LENGTH, len(flat))
+    length = min(LENGTH, len(flat) // 2)  # two rows: one to round by, one to judge by
     if length < 2:
         raise ExportError(f"too little held-out text to measure quality: {len(flat)} tokens")
     rows = min(ROWS, len(flat) // length)

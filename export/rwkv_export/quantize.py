@@ -4,34 +4,32 @@
     int8          8 bits in blocks of 32 along a column (MatMulNBits), activations in 8 bits
     int8-dynamic  8 bits per column, activations quantised whole: best at reading long prompts, and
                   what onnxruntime's web build runs fast
-    int4          4 bits in blocks of 32, embedding and head included; what rounds badly gets 8
-    int4-16       the same in blocks of 16, the values of time mixing in 8 bits: 15 % larger, closer
+    int4          4 bits in blocks of 32, embedding and head included, rounded by what the matrices
+                  read of some data (``rounding.py``); what rounds badly gets 8
 
 Both recurrent graphs get the same weights and go on sharing them. What stays as it is: vectors, the
 recurrence, and matrices smaller than 64 × 64.
 """
 
-import functools
-import itertools
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rwkv_core.errors import ExportError, did_you_mean
 from rwkv_export.clean import strip
+from rwkv_export.rounding import BLOCK, in_blocks
 
-__all__ = ["SCHEMES", "layers_of", "matrices", "quantized"]
+__all__ = ["ROUNDED_BY_DATA", "SCHEMES", "layers_of", "matrices", "quantized"]
 
 LEAST = 64  # rows and columns of a matrix that is worth it
-BLOCK = 32
 INT8_MATMUL = 4  # accuracy level: activations in 8 bits; the others are half as fast
-CUTS = (1.0, 0.93, 0.86, 0.79)  # shares of a block's largest weight, and of its smallest
 OUTLIER = 1.5  # times the median rounding error: such a matrix gets 8 bits instead of 4
+MICROSOFT = "com.microsoft"
+
+Moments = Mapping[str, np.ndarray]
 
 
 def matrices(model: ModelProto) -> dict[str, str]:
@@ -57,13 +55,17 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
     return layers
 
 
-def quantized(model: ModelProto, scheme: str, *, keep: Iterable[str] = ()) -> ModelProto:
+def quantized(
+    model: ModelProto, scheme: str, *, keep: Iterable[str] = (), moments: Moments | None = None
+) -> ModelProto:
     """Return a graph with its matrices quantised.
 
     Args:
         model: the graph, weights inside.
         scheme: one of ``SCHEMES``.
         keep: weights that stay as they are.
+        moments: what the matrices read, as ``moments.py`` finds it, for the schemes of
+            ``ROUNDED_BY_DATA``; a weight without is rounded by itself.
 
     Raises:
         ExportError: an unknown scheme, or a matrix that was left out without being asked for.
@@ -71,7 +73,7 @@ def quantized(model: ModelProto, scheme: str, *, keep: Iterable[str] = ()) -> Mo
     if scheme not in SCHEMES:
         raise ExportError(f"unknown quantisation {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
     wanted = [name for name in matrices(model) if name not in set(keep)]
-    result = SCHEMES[scheme](model, wanted)
+    result = SCHEMES[scheme](model, wanted, moments or {})
     left = [name for name in matrices(result) if name in wanted]
     if left:
         raise ExportError(f"{len(left)} matrices were not quantised, such as {left[0]!r}")
@@ -79,7 +81,7 @@ def quantized(model: ModelProto, scheme: str, *, keep: Iterable[str] = ()) -> Mo
     return result
 
 
-def _fp16(model: ModelProto, wanted: list[str]) -> ModelProto:
+def _fp16(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
     result = ModelProto()
     result.CopyFrom(model)
     casts = []
@@ -97,55 +99,18 @@ def _fp16(model: ModelProto, wanted: list[str]) -> ModelProto:
     return result
 
 
-def _int4(
-    model: ModelProto, wanted: list[str], block: int = BLOCK, in_8_bits: str = ""
-) -> ModelProto:
+def _int8(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
+    model = _replaced(model, "Gather", wanted, _rows_in_8_bits)
+    return _replaced(model, "MatMul", wanted, partial(_in_blocks, bits=8))
+
+
+def _int4(model: ModelProto, wanted: list[str], moments: Moments) -> ModelProto:
     rough = outliers(model, wanted)
-    rough += [n for n in wanted if in_8_bits and in_8_bits in n and n not in rough]
     fine = [name for name in wanted if name not in rough]
-    model = _blocks(_clipped(model, fine, block), fine, bits=4, block=block)
-    return _blocks(model, rough, bits=8)
-
-
-def _clipped(model: ModelProto, wanted: list[str], block: int) -> ModelProto:
-    """Return the graph with the largest weights of every block cut where that moves it least."""
-    result, kinds = ModelProto(), matrices(model)
-    result.CopyFrom(model)
-    for tensor in result.graph.initializer:
-        if tensor.name in wanted:
-            array = numpy_helper.to_array(tensor)
-            is_table = kinds[tensor.name] == "Gather"  # its blocks lie along the rows
-            best = clipped(array.T if is_table else array, block)
-            tensor.CopyFrom(numpy_helper.from_array(best.T if is_table else best, tensor.name))
-    return result
-
-
-def clipped(matrix_KN: np.ndarray, block: int) -> np.ndarray:
-    """Return a matrix with every block's range narrowed to what 4 bits round best.
-
-    The quantiser spans a block's range with 16 values. Where a narrower range brings the weights of
-    the block closer in the mean square, those outside are cut to it.
-    """
-    K, N = matrix_KN.shape
-    result = np.pad(matrix_KN, ((0, -K % block), (0, 0))).reshape(-1, block, N)
-    for rows in np.array_split(np.arange(len(result)), max(1, result.size >> 22)):
-        blocks = result[rows]
-        low, high = (f(blocks, 1, keepdims=True, initial=0.0) for f in (np.min, np.max))
-        least = np.full(low.shape, np.inf, np.float32)
-        for below, above in itertools.product(CUTS, CUTS):
-            first, last = below * low, above * high
-            step = np.where(last == first, 1, (last - first) / 15)
-            zero = np.round(-first / step)
-            rounded = (np.clip(np.round(blocks / step) + zero, 0, 15) - zero) * step
-            error = np.square(rounded - blocks).sum(1, keepdims=True)
-            cut = np.clip(blocks, first, last)
-            result[rows] = np.where(error < least, cut, result[rows])
-            least = np.minimum(error, least)
-    return np.ascontiguousarray(result.reshape(-1, N)[:K])
-
-
-def _int8(model: ModelProto, wanted: list[str]) -> ModelProto:
-    return _blocks(model, wanted, bits=8)
+    model = _replaced(model, "Gather", rough, _rows_in_8_bits)
+    model = _replaced(model, "Gather", fine, _rows_in_4_bits)
+    model = _replaced(model, "MatMul", rough, partial(_in_blocks, bits=8))
+    return _replaced(model, "MatMul", fine, partial(_in_blocks, bits=4, moments=moments))
 
 
 def outliers(model: ModelProto, wanted: list[str]) -> list[str]:
@@ -171,109 +136,145 @@ def rounding_error(matrix_KN: np.ndarray, bits: int) -> float:
     return float(np.square(rounded - blocks).mean()) ** 0.5 / typical if typical else 0.0
 
 
-def _blocks(model: ModelProto, wanted: list[str], *, bits: int, block: int = BLOCK) -> ModelProto:
-    """Quantise in blocks: MatMul → MatMulNBits, Gather → GatherBlockQuantized.
+Stored = Mapping[str, np.ndarray | TensorProto]
+Parts = tuple[list[NodeProto], Stored]
 
-    The quantiser knows rows of a table in 4 bits only; in 8 they are standard operators.
+
+def _replaced(
+    model: ModelProto, kind: str, wanted: list[str], make: Callable[[NodeProto, np.ndarray], Parts]
+) -> ModelProto:
+    """Return the graph with the nodes of a kind that read some weights made of others.
+
+    ``make`` gets a node and the weight, and returns nodes and what they read by name.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    if not wanted:
-        return model
-    kinds = matrices(model)
-    if bits == 8:
-        model = _rows(model, [name for name in wanted if kinds[name] == "Gather"])
-        wanted = [name for name in wanted if kinds[name] == "MatMul"]
-    readers = set(_readers(model, wanted))
-    quantizer = MatMulNBitsQuantizer(
-        model,
-        bits=bits,
-        block_size=block,
-        is_symmetric=False,
-        accuracy_level=INT8_MATMUL,
-        nodes_to_exclude=[node.name for node in model.graph.node if node.name not in readers],
-        op_types_to_quantize=("MatMul", "Gather"),
-        quant_axes=(("MatMul", 0), ("Gather", 1)),
-    )
-    with _quiet():
-        quantizer.process()
-    return quantizer.model.model
-
-
-def _rows(model: ModelProto, wanted: list[str]) -> ModelProto:
-    """Store the rows of tables in 8 bits with a scale each, in standard operators."""
-    result = ModelProto()
+    result, at = ModelProto(), {"MatMul": 1, "Gather": 0}[kind]
     result.CopyFrom(model)
-    graph, nodes = result.graph, []
-    tables = {t.name: t for t in graph.initializer if t.name in wanted}
-    for node in result.graph.node:
-        tensor = tables.get(node.input[0]) if node.op_type == "Gather" else None
-        if tensor is None:
+    graph, read = result.graph, set()
+    nodes: list[NodeProto] = []
+    arrays: dict[str, np.ndarray | TensorProto] = {}
+    tensors = {t.name: t for t in graph.initializer if t.name in wanted}
+    for node in graph.node:
+        if node.op_type != kind or node.input[at] not in tensors:
             nodes.append(node)
             continue
-        table, out = numpy_helper.to_array(tensor), node.output[0]
-        scale = np.abs(table).max(1, keepdims=True) / 127
-        rounded = np.round(table / np.where(scale == 0, 1, scale)).astype(np.int8)
-        names = [f"{tensor.name}.int8", f"{tensor.name}.scale"]
-        for name, array in zip(names, (rounded, scale.astype(np.float32)), strict=True):
-            graph.initializer.append(numpy_helper.from_array(array, name))
-        parts = [f"{out}.int8", f"{out}.scale", f"{out}.float"]
-        for name, part in zip(names, parts, strict=False):
-            nodes.append(helper.make_node("Gather", [name, node.input[1]], [part]))
-        nodes.append(helper.make_node("Cast", [parts[0]], [parts[2]], to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Mul", [parts[2], parts[1]], [out]))
-        graph.initializer.remove(tensor)
-    nodes = list(nodes)
+        made, stored = make(node, numpy_helper.to_array(tensors[node.input[at]]))
+        nodes += made
+        arrays.update(stored)
+        read.add(node.input[at])
+    for name in read:
+        graph.initializer.remove(tensors[name])
+    for name, array in arrays.items():
+        whole = isinstance(array, TensorProto)  # what numpy has no type for
+        graph.initializer.append(array if whole else numpy_helper.from_array(array, name))
     del graph.node[:]
     graph.node.extend(nodes)
+    if any(node.domain == MICROSOFT for node in nodes) and not any(
+        opset.domain == MICROSOFT for opset in result.opset_import
+    ):
+        result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     return result
 
 
-def _dynamic(model: ModelProto, wanted: list[str]) -> ModelProto:
+def _in_blocks(
+    node: NodeProto, matrix_KN: np.ndarray, *, bits: int, moments: Moments | None = None
+) -> Parts:
+    """Multiply by a matrix in blocks along its columns."""
+    name, (K, N) = node.input[1], matrix_KN.shape
+    levels_KN, step_nN, zero_nN = in_blocks(matrix_KN, bits, (moments or {}).get(name))
+    levels_NK = np.pad(levels_KN, ((0, -K % BLOCK), (0, 0))).T
+    arrays = {
+        f"{name}.int{bits}": _packed(levels_NK, bits).reshape(N, -1, BLOCK * bits // 8),
+        f"{name}.step": step_nN.T.reshape(-1),
+        f"{name}.zero": _packed(zero_nN.T, bits).reshape(-1),
+    }
+    product = helper.make_node(
+        "MatMulNBits", [node.input[0], *arrays], node.output, domain=MICROSOFT,
+        K=K, N=N, bits=bits, block_size=BLOCK, accuracy_level=INT8_MATMUL,
+    )  # fmt: skip
+    return [product], arrays
+
+
+def _rows_in_4_bits(node: NodeProto, table_ND: np.ndarray) -> Parts:
+    """Look up rows of a table in blocks of 4 bits along them."""
+    name = node.input[0]
+    levels_DN, step_nN, zero_nN = in_blocks(np.ascontiguousarray(table_ND.T), 4)
+    arrays: Stored = {
+        f"{name}.int4": _four_bits(f"{name}.int4", levels_DN.T),
+        f"{name}.step": np.ascontiguousarray(step_nN.T),
+        f"{name}.zero": _four_bits(f"{name}.zero", zero_nN.T),
+    }
+    levels, step, zero = arrays
+    lookup = helper.make_node(
+        "GatherBlockQuantized", [levels, node.input[1], step, zero], node.output, domain=MICROSOFT,
+        gather_axis=0, quantize_axis=1, block_size=BLOCK,
+    )  # fmt: skip
+    return [lookup], arrays
+
+
+def _rows_in_8_bits(node: NodeProto, table_ND: np.ndarray) -> Parts:
+    """Look up rows of a table in 8 bits with a scale each, in standard operators."""
+    name, (out,) = node.input[0], node.output
+    scale_N1 = (np.abs(table_ND).max(1, keepdims=True) / 127).astype(np.float32)
+    levels_ND = np.round(table_ND / np.where(scale_N1 == 0, 1, scale_N1)).astype(np.int8)
+    arrays = {f"{name}.int8": levels_ND, f"{name}.scale": scale_N1}
+    levels, scale, cast = f"{out}.int8", f"{out}.scale", f"{out}.float"
+    nodes = [
+        helper.make_node("Gather", [f"{name}.int8", node.input[1]], [levels]),
+        helper.make_node("Gather", [f"{name}.scale", node.input[1]], [scale]),
+        helper.make_node("Cast", [levels], [cast], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [cast, scale], [out]),
+    ]
+    return nodes, arrays
+
+
+def _packed(levels: np.ndarray, bits: int) -> np.ndarray:
+    """Return rows of levels as bytes, two of 4 bits in one, the first in its lower half."""
+    if bits == 8:
+        return np.ascontiguousarray(levels)
+    even = np.pad(levels, ((0, 0), (0, levels.shape[1] % 2)))
+    return even[:, ::2] | even[:, 1::2] << 4
+
+
+def _four_bits(name: str, levels: np.ndarray) -> TensorProto:
+    content = _packed(levels.reshape(1, -1), 4).tobytes()
+    return helper.make_tensor(name, TensorProto.UINT4, levels.shape, content, raw=True)
+
+
+def _dynamic(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
     """Quantise per column, and activations when the graph runs, in standard operators.
 
     Weights are stored unsigned: of signed ones processors without VNNI (AVX2, AVX-512) add pairs of
     products in 16 bits, which overflow. Products of the same activations share their quantisation.
     """
-    kinds = matrices(model)
-    result = _rows(model, [name for name in wanted if kinds[name] == "Gather"])
-    graph, nodes = result.graph, []
-    tensors = {t.name: t for t in graph.initializer if t.name in wanted}
+    model = _replaced(model, "Gather", wanted, _rows_in_8_bits)
     ready: dict[str, list[str]] = {}  # activations → in 8 bits, their scale, their zero
     activations = _as_one if _reads_one_token(model) else _by_row
-    for name, value in (("int8.128", np.uint8(128)), ("int8.low", np.float32(1e-30)),
-                        ("int8.middle", np.float32(128)), ("int8.last", np.array([-1])),
-                        ("int8.step", np.float32(1 / 127))):  # fmt: skip
-        if activations is _by_row:
-            graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    for node in graph.node:
-        tensor = tensors.get(node.input[1]) if node.op_type == "MatMul" else None
-        if tensor is None:
-            nodes.append(node)
-            continue
+    constants: Stored = {} if activations is _as_one else BY_ROW
+
+    def product(node: NodeProto, matrix_KN: np.ndarray) -> Parts:
         (x, weight), (out,) = node.input, node.output
+        nodes: list[NodeProto] = []
         if x not in ready:
-            made, ready[x] = activations(x)
-            nodes += made
-        matrix = numpy_helper.to_array(tensor)
-        scale_N = np.abs(matrix).max(0) / 127
-        rounded = np.round(matrix / np.where(scale_N == 0, 1, scale_N)) + 128
-        names = [f"{weight}.uint8", f"{weight}.scale", f"{weight}.zero"]
-        zeros = np.full(scale_N.shape, 128, np.uint8)
-        arrays = (rounded.astype(np.uint8), scale_N.astype(np.float32), zeros)
-        for name, array in zip(names, arrays, strict=True):
-            graph.initializer.append(numpy_helper.from_array(array, name))
+            nodes, ready[x] = activations(x)
+        scale_N = (np.abs(matrix_KN).max(0) / 127).astype(np.float32)
+        levels_KN = np.round(matrix_KN / np.where(scale_N == 0, 1, scale_N)) + 128
+        arrays = {
+            f"{weight}.uint8": levels_KN.astype(np.uint8),
+            f"{weight}.scale": scale_N,
+            f"{weight}.zero": np.full(scale_N.shape, 128, np.uint8),
+        }
+        levels, step, zero = arrays
         x_uint8, x_scale, x_zero = ready[x]
         sums, scale, cast = f"{out}.int32", f"{out}.both_scales", f"{out}.sums"
-        inputs = [x_uint8, names[0], x_zero, names[2]]
-        nodes.append(helper.make_node("MatMulInteger", inputs, [sums]))
-        nodes.append(helper.make_node("Cast", [sums], [cast], to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Mul", [x_scale, names[1]], [scale]))
-        nodes.append(helper.make_node("Mul", [cast, scale], [out]))
-        graph.initializer.remove(tensor)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return result
+        nodes += [
+            helper.make_node("MatMulInteger", [x_uint8, levels, x_zero, zero], [sums]),
+            helper.make_node("Cast", [sums], [cast], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [x_scale, step], [scale]),
+            helper.make_node("Mul", [cast, scale], [out]),
+        ]
+        return nodes, {**constants, **arrays}
+
+    return _replaced(model, "MatMul", wanted, product)
 
 
 def _reads_one_token(model: ModelProto) -> bool:
@@ -288,6 +289,15 @@ def _as_one(x: str) -> tuple[list[NodeProto], list[str]]:
     """
     found = [f"{x}.uint8", f"{x}.scale", f"{x}.zero"]
     return [helper.make_node("DynamicQuantizeLinear", [x], found)], found
+
+
+BY_ROW: Stored = {  # what its nodes read beside the activations
+    "int8.128": np.array(128, np.uint8),
+    "int8.low": np.array(1e-30, np.float32),
+    "int8.middle": np.array(128, np.float32),
+    "int8.last": np.array([-1]),
+    "int8.step": np.array(1 / 127, np.float32),
+}
 
 
 def _by_row(x: str) -> tuple[list[NodeProto], list[str]]:
@@ -308,37 +318,10 @@ def _by_row(x: str) -> tuple[list[NodeProto], list[str]]:
     return nodes, [out, scale, "int8.128"]
 
 
-def _readers(model: ModelProto, wanted: list[str]) -> list[str]:
-    """Return the names of the nodes that read some weights; every node is given one."""
-    found = []
-    for i, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{i}"
-        if any(name in wanted for name in node.input):
-            found.append(node.name)
-    return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the quantisers, which print a line for every matrix."""
-    names = ("onnxruntime.quantization.matmul_nbits_quantizer", None)  # None: the root
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-SCHEMES: dict[str, Callable[[ModelProto, list[str]], ModelProto]] = {
+SCHEMES: dict[str, Callable[[ModelProto, list[str], Moments], ModelProto]] = {
     "fp16": _fp16,
     "int8": _int8,
     "int8-dynamic": _dynamic,
     "int4": _int4,
-    "int4-16": functools.partial(_int4, block=16, in_8_bits="time_mix.value"),
 }
+ROUNDED_BY_DATA = ("int4",)
