@@ -1,23 +1,26 @@
 """What tracing sees of the causal ops: one node ``rwkv::WKV…`` each, whatever the length.
 
 Which operations the node stands for is said by the file's functions (``recurrences.py``), after
-tracing.
+tracing. Of RWKV-7 it sees whole layers in another form (``rwkv7_layers.py``).
 """
 
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_core.graphs import SequenceGraph, StepGraph
 from rwkv_core.mixers.base import Mixer
 from rwkv_export.recurrences import DOMAIN
+from rwkv_export.rwkv7_layers import Sequence7, Step7, is_rwkv7
 
 __all__ = ["as_nodes"]
 
 OPS = ("wkv4", "wkv6", "wkv7")
+LAYERS_7: dict[type, type] = {StepGraph: Step7, SequenceGraph: Sequence7}
 
 
 @contextmanager
@@ -32,18 +35,26 @@ def as_nodes(module: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
     mixers: list[Any] = [
         m for m in module.modules() if isinstance(m, Mixer) and m.causal and hasattr(m, "impl")
     ]
+    graphs: list[Any] = [
+        m for m in module.modules() if type(m) in LAYERS_7 and is_rwkv7(cast(Any, m).backbone)
+    ]
     before = [mixer.impl for mixer in mixers]
+    kinds = [type(graph) for graph in graphs]
     try:
         for op, table in tables.items():
             table["node"] = _node(op.upper(), found)
         for mixer in mixers:
             mixer.impl = "node"
+        for graph in graphs:
+            graph.__class__ = LAYERS_7[type(graph)]
         yield found
     finally:
         for table in tables.values():
             table.pop("node", None)
         for mixer, impl in zip(mixers, before, strict=True):
             mixer.impl = impl
+        for graph, kind in zip(graphs, kinds, strict=True):
+            graph.__class__ = kind
 
 
 def _node(op: str, found: dict[str, tuple[int, int]]) -> Callable[..., Any]:
