@@ -7,7 +7,7 @@ a character.
 from rwkv_core.errors import DataError, RWKVError
 from rwkv_text.tokenizer import BOUNDARY, TableTokenizer, utf8
 
-__all__ = ["PileTokenizer"]
+__all__ = ["PileTokenizer", "letters"]
 
 
 class PileTokenizer(TableTokenizer):
@@ -48,11 +48,11 @@ class PileTokenizer(TableTokenizer):
                 "special token, because 0 is the document boundary of every RWKV model; give the "
                 "tokenizer.json that belongs to the model"
             )
-        letters = _letters()
+        byte_of = letters()
         tokens = {}
         for token, i in self._bpe.get_vocab(with_added_tokens=True).items():
             try:
-                tokens[i] = added[i].encode() if i in added else bytes(letters[c] for c in token)
+                tokens[i] = added[i].encode() if i in added else bytes(byte_of[c] for c in token)
             except KeyError as error:
                 raise DataError(
                     f"{source}: token {i} is {token!r}, and {error} stands for no byte; expected a "
@@ -78,7 +78,7 @@ class PileTokenizer(TableTokenizer):
         return ids
 
 
-def _letters() -> dict[str, int]:
+def letters() -> dict[str, int]:
     """Return letter → byte: what prints in Latin-1 is itself, the rest counts up from U+0100."""
     prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in prints]

@@ -21,9 +21,10 @@ import rwkv_export
 import torch
 from rwkv_export.manifest import present
 from rwkv_export.profiles import profiled
+from rwkv_export.tokenizer_json import tokenizer_json
 
 from rwkv_core import checkpoint
-from rwkv_core.checkpoint import adapter_of
+from rwkv_core.checkpoint import adapter_of, portable
 from rwkv_core.cli import main
 from rwkv_core.errors import ExportError
 from rwkv_core.testing import perturb
@@ -31,14 +32,16 @@ from rwkv_text import TextConfig
 from rwkv_text.host import read
 
 PROMPTS = [[0], [0, 82, 87, 75, 86], list(range(40, 93))]  # one token; a few; several chunks
+TEXT = "größer  ,状 . don't\t"
 TOKENS = 64
 
 GENAI = """
 import json, sys
 import numpy as np, onnxruntime_genai as og
-folder, prompts, n = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+folder, prompts, text, n = sys.argv[1], *map(json.loads, sys.argv[2:])
 model, written = og.Model(folder), []
-for prompt in prompts:
+tokenizer = og.Tokenizer(model)
+for prompt in [*prompts, [0, *tokenizer.encode(text)]]:
     params = og.GeneratorParams(model)
     # the boundary is no end before that many
     params.set_search_options(min_length=len(prompt) + n, max_length=len(prompt) + n)
@@ -47,21 +50,23 @@ for prompt in prompts:
     for _ in range(n):
         generator.generate_next_token()
     written.append([int(t) for t in generator.get_sequence(0)][len(prompt):])
-print(json.dumps(written))
+print(json.dumps([written[:-1], tokenizer.decode(np.array(written[-1], np.int32))]))
 """
 TRANSFORMERS = """
 import { createRequire } from 'node:module';
-const [home, folder, prompts, n] = process.argv.slice(2);
-const { AutoModelForCausalLM, Tensor } = createRequire(home)('@huggingface/transformers');
-const model = await AutoModelForCausalLM.from_pretrained(folder, { subfolder: '' });
+const [home, folder, ...given] = process.argv.slice(2);
+const [prompts, text, n] = given.map(JSON.parse);
+const { pipeline, Tensor } = createRequire(home)('@huggingface/transformers');
+const write = await pipeline('text-generation', folder, { subfolder: '' });
 const written = [];
-for (const prompt of JSON.parse(prompts)) {
+for (const prompt of prompts) {
   const inputs = new Tensor('int64', BigInt64Array.from(prompt.map(BigInt)), [1, prompt.length]);
-  const limits = { min_new_tokens: Number(n), max_new_tokens: Number(n) };
-  const out = await model.generate({ inputs, do_sample: false, ...limits });
+  const limits = { min_new_tokens: n, max_new_tokens: n };
+  const out = await write.model.generate({ inputs, do_sample: false, ...limits });
   written.push(out.tolist()[0].slice(prompt.length).map(Number));
 }
-console.log(JSON.stringify(written));
+const asked = { do_sample: false, max_new_tokens: n, return_full_text: false };
+console.log(JSON.stringify([written, (await write(text, asked))[0].generated_text]));
 """
 
 
@@ -81,7 +86,7 @@ def near(actual, expected):
 
 def added(name, model):
     _, adapter = adapter_of(model)
-    return profiled(name, adapter.exports(model), adapter.metadata(model))
+    return profiled(name, adapter.exports(model), adapter.metadata(model), portable(model)[1])
 
 
 @pytest.mark.parametrize("mixer", ["rwkv5", "rwkv6", "rwkv7"])
@@ -107,6 +112,7 @@ def test_a_state_per_layer_is_the_models_own(name, mixer):
         assert near(conv_1D2, shifts)
         assert near(matrices, layer.wkv_BHKV)
     config = json.loads(next(iter(files.values())))
+    assert {"tokenizer.json", "tokenizer_config.json"} < files.keys()
     assert config.get("model", config)["vocab_size"] == 256
 
 
@@ -119,7 +125,7 @@ def test_what_a_profile_cannot_say_is_refused(tmp_path):
     with pytest.raises(ExportError, match="starts every state from zeros"):
         added("transformers", language_model("rwkv4"))
     with pytest.raises(ExportError, match="is for language models"):
-        profiled("genai", [], {"vocab_size": 256})
+        profiled("genai", [], {"vocab_size": 256}, {})
     with pytest.raises(ExportError, match="of profiles it takes 'embeddings' alone"):
         rwkv_export.export(tuned, tmp_path / "out", lane="mobile", profiles=["genai"])
     with pytest.raises(ExportError, match="unknown lane 'triangles'; did you mean 'triangle'"):
@@ -143,6 +149,44 @@ def test_vectors_from_the_table_are_the_tokens():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def opened(files):
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is absent")
+    return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+
+
+def test_the_ids_of_a_tokenizer_json_of_bytes_are_the_bytes():
+    made = opened(tokenizer_json("bytes", {}))
+    every = "".join(map(chr, range(0x800))) + TEXT + "🙂 \uffff"  # every byte that UTF-8 has
+    for text in ("", "\n", every):
+        ids = list(text.encode())
+        assert made.encode(text, add_special_tokens=False).ids == ids
+        assert made.encode(text).ids == [0, *ids]
+        assert made.decode(ids, skip_special_tokens=False) == text
+    assert made.decode([0, 65, 0]) == "A"
+    assert made.get_vocab_size() == 256
+
+
+def test_a_tokenizer_json_of_20b_is_the_vocabulary_and_of_world_there_is_none():
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is absent")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False
+    )
+    bpe.train_from_iterator([TEXT, GENAI, TRANSFORMERS], trainer)
+    carried = {"20B_tokenizer.json": bpe.to_str().encode()}
+    made = opened(tokenizer_json("20B", carried))
+    ids = bpe.encode(TEXT).ids
+    assert len(ids) > 5
+    assert made.encode(TEXT, add_special_tokens=False).ids == ids
+    assert made.encode(TEXT).ids == [0, *ids]
+    assert made.decode(made.encode(TEXT).ids) == bpe.decode(ids)
+    assert tokenizer_json("20B", {}) == {}  # exported without its vocabulary
+    assert tokenizer_json("world", {"rwkv_vocab_v20230424.txt": b"1 'a' 1"}) == {}
+
+
 def test_outputs_are_called_as_the_others_call_them():
     names = ["wkv", "past_conv.3", "past_recurrent.0", "past_key_values.2.conv_state"]
     assert [present(n) for n in names] == [
@@ -152,9 +196,11 @@ def test_outputs_are_called_as_the_others_call_them():
 
 @pytest.fixture(scope="module", params=["rwkv7", "rwkv6"])
 def folder(request, tmp_path_factory):
-    """Return a folder with both profiles, and the continuations that our runtime writes."""
+    """Return a folder with both profiles, and what our runtime writes after tokens and text."""
     path = tmp_path_factory.mktemp("profiles")
-    checkpoint.save(language_model(request.param), path / "model")
+    model = language_model(request.param)
+    model.head.weight.data[[0, *range(128, 256)]] = 0  # so that it writes ASCII, which is text
+    checkpoint.save(model, path / "model")
     flags = ["--profile", "genai", "--profile", "transformers", "--steps", "16"]
     assert main(["export", str(path / "model"), str(path / "out"), *flags]) == 0
     runtime, written = rwkv_export.load(path / "out"), []
@@ -166,7 +212,9 @@ def folder(request, tmp_path_factory):
             tokens.append(int(row.argmax()))
             row = stream("step", {"tokens": np.array([tokens[-1:]])})["logits"][0].copy()
         written.append(tokens)
-    return path / "out", written
+    text = "".join(runtime.generate(TEXT, max_tokens=TOKENS, temperature=0))
+    assert len(text) == TOKENS
+    return path / "out", [written, text]
 
 
 def told(*command):
@@ -175,17 +223,20 @@ def told(*command):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+GIVEN = [json.dumps(given) for given in (PROMPTS, TEXT, TOKENS)]
+
+
 @pytest.mark.slow
-def test_genai_writes_the_same_tokens(folder):
+def test_genai_writes_the_same_tokens_and_text(folder):
     folder, written = folder
     python = Path(os.environ.get("RWKV_GENAI", "")) / "bin" / "python"
     if not python.exists():
         pytest.skip("RWKV_GENAI names no virtual environment with onnxruntime-genai")
-    assert told(python, "-c", GENAI, folder, json.dumps(PROMPTS), TOKENS) == written
+    assert told(python, "-c", GENAI, folder, *GIVEN) == written
 
 
 @pytest.mark.slow
-def test_transformers_js_writes_the_same_tokens(folder, tmp_path):
+def test_transformers_js_writes_the_same_tokens_and_text(folder, tmp_path):
     folder, written = folder
     home = Path(os.environ.get("RWKV_TRANSFORMERS_JS", "")) / "node_modules" / ""
     if not home.is_dir() or not os.environ.get("RWKV_TRANSFORMERS_JS") or not shutil.which("node"):
@@ -193,7 +244,7 @@ def test_transformers_js_writes_the_same_tokens(folder, tmp_path):
     script = tmp_path / "generate.mjs"
     script.write_text(TRANSFORMERS)
     home = f"{home.resolve()}/"
-    assert told("node", script, home, folder, json.dumps(PROMPTS), TOKENS) == written
+    assert told("node", script, home, folder, *GIVEN) == written
 
 
 @pytest.mark.slow

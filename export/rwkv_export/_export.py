@@ -97,9 +97,10 @@ def export(
     model.eval()
     try:
         specs = adapter.exports(model)
-        metadata, files = adapter.metadata(model), portable(model)[1]
+        metadata, carried = adapter.metadata(model), portable(model)[1]
+        files = dict(carried)
         for profile in profiles:
-            added, more = profiled(profile, specs, metadata)
+            added, more = profiled(profile, specs, metadata, carried)
             specs, files = [*specs, added], {**files, **more}
         if lane == "chunk":
             specs = [_chunk(s) if s.name == "prefill" else s for s in specs]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError, did_you_mean
 from rwkv_core.graphs import StepGraph
+from rwkv_export.tokenizer_json import tokenizer_json
 
 __all__ = ["PROFILES", "Profile", "profiled"]
 
@@ -74,8 +75,16 @@ class LayerStates(nn.Module):
         return logits, *counts, *(x for layer in present for x in layer)
 
 
-def profiled(name: str, specs: list[ExportSpec], metadata: Mapping[str, Any]) -> Profile:
+def profiled(
+    name: str, specs: list[ExportSpec], metadata: Mapping[str, Any], files: Mapping[str, bytes]
+) -> Profile:
     """Return what a profile adds to the graphs of a model.
+
+    Args:
+        name: of the profile.
+        specs: the graphs of the model.
+        metadata: of the model.
+        files: that the folder carries, such as a vocabulary.
 
     Raises:
         ExportError: an unknown profile, a model that is no language model, or one whose states do
@@ -95,7 +104,8 @@ def profiled(name: str, specs: list[ExportSpec], metadata: Mapping[str, Any]) ->
                 f"{state!r} starts from other values"
             )
     make = genai if name == "genai" else transformers
-    return make(by_name["prefill"], metadata["vocab_size"])
+    spec, own = make(by_name["prefill"], metadata["vocab_size"])
+    return Profile(spec, {**own, **tokenizer_json(metadata.get("tokenizer", ""), files)})
 
 
 def embeddings(step: ExportSpec) -> Profile:
