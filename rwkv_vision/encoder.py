@@ -26,6 +26,7 @@ from rwkv_vision.blocks import make_block
 from rwkv_vision.head import HiddenHead
 from rwkv_vision.mixers import NORM_EPS, SpatialMix
 from rwkv_vision.official import load_pre_hook
+from rwkv_vision.positions import resampled_by_axes
 
 __all__ = ["VRWKV"]
 
@@ -205,6 +206,9 @@ class VRWKV(nn.Module):
                 module.check_decay(error)
 
     def _resampled(self, rows: int, columns: int) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript reads no further
+            if torch.compiler.is_exporting():
+                return resampled_by_axes(self.pos_embed, self.grid, rows, columns)
         # the authors resample without antialiasing, which is timm's default
         return resample_abs_pos_embed(
             self.pos_embed,

@@ -80,5 +80,6 @@ class SpatialMix6(TimeMix6):
         p = self.project(self.shifted(x_BTD, neighbours_BTD))
         r, w, k, v = (row.squeeze(-2) for row in p[:4])
         y_BTHV = bi_wkv6(r, w, k, v, self.time_faaaa, impl=self.impl)
-        y_BTHV = self.key_norm(y_BTHV.flatten(-2)).view(y_BTHV.shape)
+        if isinstance(self.key_norm, nn.LayerNorm):
+            y_BTHV = self.key_norm(y_BTHV.flatten(-2)).view(y_BTHV.shape)
         return self.finish(y_BTHV[..., None, :], p.g_D).view(x_BHWC.shape)

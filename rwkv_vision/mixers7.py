@@ -62,25 +62,24 @@ class SpatialMix7(TimeMix7):
         """Mix an image of features [B, H, W, C]; ``v_first`` [B, T, C] is None in layer 0."""
         mixed = self.shift.mix(x_BHWC, 1 - self.shift_mix())
         p, shared = self.project([x.flatten(1, 2) for x in mixed], Shared(v_first=v_first))
-        rows = [row.squeeze(-2) for row in p[:6]]
         backwards = self.layer % 2 == 1
-        y_BTHV = self.read([x.flip(1) for x in rows] if backwards else rows)
-        y_BTHV = y_BTHV.flip(1) if backwards else y_BTHV
-        return self.finish(y_BTHV[..., None, :], p).view(x_BHWC.shape), shared.v_first
+        y_BTH1V = self.read([x.flip(1) for x in p[:6]] if backwards else list(p[:6]))
+        y_BTH1V = y_BTH1V.flip(1) if backwards else y_BTH1V
+        return self.finish(y_BTH1V, p).view(x_BHWC.shape), shared.v_first
 
-    def read(self, rows_BTHX: list[Tensor]) -> Tensor:
-        """Run the recurrence over r, w, k, v, a, b in their order: y [B, T, H, V]."""
+    def read(self, rows_BTH1X: list[Tensor]) -> Tensor:
+        """Run the recurrence over r, w, k, v, a, b in their order: y [B, T, H, 1, V]."""
         if self.impl == "auto" and torch.compiler.is_exporting():
-            return _read_in_a_loop(rows_BTHX)
-        return wkv7(*rows_BTHX, impl=self.impl).y_BTHV
+            return _read_in_a_loop(rows_BTH1X)
+        return wkv7(*(x.squeeze(-2) for x in rows_BTH1X), impl=self.impl).y_BTHV[..., None, :]
 
 
-def _read_in_a_loop(rows_BTHX: list[Tensor]) -> Tensor:
-    v_BTHV = rows_BTHX[3]
-    B, _, H, V = v_BTHV.shape
-    start_BHKV = v_BTHV.new_zeros(B, H, V, V, dtype=state_dtype(v_BTHV))
-    y_BTHV = scan_over_time(_step, start_BHKV, [x.to(start_BHKV.dtype) for x in rows_BTHX])
-    return y_BTHV.to(v_BTHV.dtype)
+def _read_in_a_loop(rows_BTH1X: list[Tensor]) -> Tensor:
+    v_BTH1V = rows_BTH1X[3]
+    B, _, H, _, V = v_BTH1V.shape
+    start_BHKV = v_BTH1V.new_zeros(B, H, V, V, dtype=state_dtype(v_BTH1V))
+    y_BTH1V = scan_over_time(_step, start_BHKV, [x.to(start_BHKV.dtype) for x in rows_BTH1X])
+    return y_BTH1V.to(v_BTH1V.dtype)
 
 
 def _step(state_BHKV: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

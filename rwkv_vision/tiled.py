@@ -30,7 +30,6 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_core.errors import ConfigError, DataError
@@ -38,6 +37,7 @@ from rwkv_core.ops.bi_wkv.tiles import Summary, bi_wkv_tile, summarise
 from rwkv_vision.blocks import Block
 from rwkv_vision.encoder import VRWKV
 from rwkv_vision.mixers import ChannelMix, SpatialMix
+from rwkv_vision.positions import along_axis
 
 __all__ = ["Picture", "PixelRows", "tiled_features", "tiled_logits"]
 
@@ -186,20 +186,13 @@ def _pixels(net: VRWKV, picture: Picture, start: int, stop: int) -> Tensor:
 
 
 class _Positions:
-    """The position embedding, resampled as the model does, but by rows.
-
-    Resampling is linear along either axis: its matrices are what it makes of the unit vectors.
-    """
+    """The position embedding, resampled as the model does, but by rows."""
 
     def __init__(self, net: VRWKV, rows: int, columns: int) -> None:
         self.grid_HWC = net.pos_embed.float().view(*net.grid, -1)
         self.dtype = net.pos_embed.dtype
         self.to_rows, self.to_columns = (
-            F.interpolate(
-                torch.eye(old, device=net.pos_embed.device)[None, :, :, None],
-                (new, 1),
-                mode="bicubic",
-            )[0, :, :, 0].T
+            along_axis(old, new, net.pos_embed.device)
             for old, new in zip(net.grid, (rows, columns), strict=True)
         )
 

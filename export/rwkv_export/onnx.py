@@ -17,6 +17,7 @@ from torch import nn
 from rwkv_core.adapter import ExportSpec
 from rwkv_core.errors import ExportError
 from rwkv_export.clean import strip
+from rwkv_export.fuse import fuse
 from rwkv_export.manifest import present
 from rwkv_export.prefix_sums import without_cumsum
 from rwkv_export.recurrences import functions
@@ -49,6 +50,7 @@ def write_onnx(
     """
     program, traced = _trace(spec)
     model = program.model
+    fuse(model)
     _name_weights(model, spec.module)
     n_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     if weights is None and n_bytes >= EXTERNAL_DATA_FROM:

@@ -14,11 +14,13 @@ def bi_wkv6_scan(
     The second half of the batch reads from right to left; the token itself is added once.
     """
     B, _, H, V = v_BTHV.shape
-    both = [torch.stack([x, x.flip(1)]).flatten(0, 1) for x in (r_BTHK, w_BTHK, k_BTHK, v_BTHV)]
-    y_BTHV = scan_over_time(_step, v_BTHV.new_zeros(2 * B, H, r_BTHK.shape[-1], V), both)
-    past_BTHV, future_BTHV = y_BTHV.unflatten(0, (2, B)).unbind()
-    own_BTH1 = (r_BTHK * u_HK * k_BTHK).sum(-1, keepdim=True)
-    return past_BTHV + future_BTHV.flip(1) + own_BTH1 * v_BTHV
+    rows = [x.unsqueeze(-2) for x in (r_BTHK, w_BTHK, k_BTHK, v_BTHV)]
+    both = [torch.cat([x, x.flip(1)]) for x in rows]
+    y_BTH1V = scan_over_time(_step, v_BTHV.new_zeros(2 * B, H, r_BTHK.shape[-1], V), both)
+    past_BTH1V, future_BTH1V = y_BTH1V.split([B, B])
+    r_BTH1K, _, k_BTH1K, v_BTH1V = rows
+    own_BTH11 = (r_BTH1K * u_HK[:, None] * k_BTH1K).sum(-1, keepdim=True)
+    return (past_BTH1V + future_BTH1V.flip(1) + own_BTH11 * v_BTH1V).squeeze(-2)
 
 
 def _step(state_BHKV: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ up to that decay and 64 × 64 patches: y within 2e-6.
 
 Source: our derivation.
 
-Shapes: B batch, H rows, W columns, C channels, X any number of channels; A and T any two axes.
+Shapes: B batch, H rows, W columns, C channels; N = 2 B, of both x; A and T any two axes.
 """
 
 import torch
@@ -32,22 +32,24 @@ def bi_wkv_2d_prefix(
     Every argument is in fp32 or fp64; |w_x| + |w_y| and |u| at most ``MAX_DECAY``.
     """
     e_BHWC = torch.exp(k_BHWC - k_BHWC.amax((1, 2), keepdim=True))
-    x_BHWX = torch.cat([e_BHWC * v_BHWC, e_BHWC], -1)
-    row_BHWX = _others(w_x_C.repeat(2), x_BHWX)
-    column_BWHX = _others(w_y_C.repeat(2), (x_BHWX + row_BHWX).transpose(1, 2))
-    own_X = torch.exp(u_C / (k_BHWC.shape[1] * k_BHWC.shape[2])).repeat(2)
-    sums_BHWX = row_BHWX + column_BWHX.transpose(1, 2) + own_X * x_BHWX
-    num_BHWC, den_BHWC = sums_BHWX.chunk(2, -1)
+    x_NHWC = torch.cat([e_BHWC * v_BHWC, e_BHWC])
+    row_NHWC = _others(w_x_C, x_NHWC)
+    column_NWHC = _others(w_y_C, (x_NHWC + row_NHWC).transpose(1, 2))
+    B, H, W, _ = k_BHWC.shape
+    own_C = torch.exp(u_C / (H * W))
+    sums_NHWC = row_NHWC + column_NWHC.transpose(1, 2) + own_C * x_NHWC
+    num_BHWC, den_BHWC = sums_NHWC.split([B, B])
     return num_BHWC / den_BHWC
 
 
-def _others(w_X: Tensor, x_BATX: Tensor) -> Tensor:
+def _others(w_C: Tensor, x_NATC: Tensor) -> Tensor:
     """Return for every token the sum over the others on axis T, each times e^{-w·distance/T}."""
-    count_T1 = torch.ones_like(x_BATX[0, 0, :, :1]).cumsum(0)  # asks for no size as a number
-    position_T1 = count_T1 - (1 + count_T1.amax(0, keepdim=True)) / 2
-    grow_TX = torch.exp(position_T1 * (w_X / x_BATX.shape[2]))
-    shrink_TX = grow_TX.reciprocal()
-    past = (grow_TX * x_BATX).cumsum(2)
-    future = (shrink_TX * x_BATX).flip(2).cumsum(2).flip(2)
+    T = x_NATC.shape[2]
+    t_T = torch.arange(T, dtype=w_C.dtype, device=w_C.device)
+    position_T = (t_T + 0.5) / T - 0.5  # τ over T
+    grow_TC = torch.exp(position_T[:, None] * w_C)
+    shrink_TC = grow_TC.reciprocal()
+    past = (grow_TC * x_NATC).cumsum(2)
+    future = (shrink_TC * x_NATC).flip(2).cumsum(2).flip(2)
     # a negative pad crops: every sum moves by one, off the token itself
-    return shrink_TX * F.pad(past, (0, 0, 1, -1)) + grow_TX * F.pad(future, (0, 0, -1, 1))
+    return shrink_TC * F.pad(past, (0, 0, 1, -1)) + grow_TC * F.pad(future, (0, 0, -1, 1))
