@@ -18,6 +18,7 @@ import rwkv_export
 import torch
 from PIL import Image
 from rwkv_export import web
+from rwkv_export.gate import ANYTHING
 
 from rwkv_core import checkpoint
 from rwkv_core.cli import main
@@ -77,7 +78,22 @@ def texts(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         perturb(model, 0.3)
         rwkv_export.export(model, folder / "world", steps=(1, 16), lane="chunk")
         made["world"] = folder / "world"
+    made["half"] = half(folder)
     return made
+
+
+def half(folder: Path) -> Path:
+    """Return an exported model whose states are fp16, one of them tuned."""
+    options = {"head_dim": 32, "tuned_state": True}
+    torch.manual_seed(1)
+    model = checkpoint.build("text", TextConfig(dim=64, depth=2, mixer_options=options))
+    perturb(model, 0.3)
+    rwkv_export.export(model, folder / "tuned", steps=(1, 16), lane="web")
+    tokens = np.arange(60).reshape(2, 30)
+    rwkv_export.compress(
+        folder / "tuned", folder / "half", "fp16", tokens, bounds=ANYTHING, half_states=True
+    )
+    return folder / "half"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +175,7 @@ console.log(JSON.stringify(ids));
 """
 
 
-@pytest.mark.parametrize("name", ["bytes", "world", "phone"])
+@pytest.mark.parametrize("name", ["bytes", "world", "phone", "half"])
 def test_node_writes_the_tokens_that_python_writes(texts, node, name):
     if name not in texts:
         pytest.skip("the World vocabulary is not installed: pip install 'rwkv-toolkit[world]'")
@@ -219,6 +235,62 @@ def test_the_hosts_resize_as_pillow_does_to_the_byte(pictures, node, interpolati
         rows = picture.resize((size[1], picture.height), FILTERS[interpolation])
         expected = preprocess(rows, metadata)
         assert np.array_equal(np.array(values, np.float32), expected.ravel()), path
+
+
+HALVES_IN_NODE = """
+import { readFileSync, writeFileSync } from 'node:fs';
+import { fromHalves, toHalf } from '../common/halves.mjs';
+const read = (array, name) => new array(readFileSync(`${given[0]}/${name}`).buffer);
+writeFileSync(`${given[0]}/halves`, Uint16Array.from(read(Float32Array, 'numbers'), toHalf));
+writeFileSync(`${given[0]}/back`, fromHalves(read(Uint16Array, 'every')));
+"""
+
+
+@np.errstate(over="ignore")
+def test_node_rounds_to_halves_as_numpy_does(node, tmp_path):
+    every = np.arange(1 << 16, dtype=np.uint16)
+    halves = every.view(np.float16).astype(np.float32)
+    whole = np.sort(halves[np.isfinite(halves)])
+    middle = np.append((whole[1:] + whole[:-1]) / 2, np.array([-65520, 65520], np.float32))
+    around = [np.nextafter(middle, np.float32(to)) for to in (-np.inf, np.inf)]
+    extremes = np.array([1e-45, -1e-30, 1e38], np.float32)
+    numbers = np.concatenate([halves, middle, *around, extremes])
+    every.tofile(tmp_path / "every")
+    numbers.tofile(tmp_path / "numbers")
+    script(node, HALVES_IN_NODE, str(tmp_path))
+    got = np.fromfile(tmp_path / "halves", np.uint16)
+    is_nan = np.isnan(numbers)
+    assert np.array_equal(got[~is_nan], numbers[~is_nan].astype(np.float16).view(np.uint16))
+    assert np.isnan(got[is_nan].view(np.float16)).all()
+    back = np.fromfile(tmp_path / "back", np.float32)
+    np.testing.assert_array_equal(back, halves)
+    assert np.array_equal(np.signbit(back[back == 0]), np.signbit(halves[halves == 0]))
+
+
+STATE_IN_NODE = """
+import { readFile } from 'node:fs/promises';
+import { fromHalves } from '../common/halves.mjs';
+import { initialState, readManifest } from '../common/manifest.mjs';
+const read = (name) => readFile(`${given[0]}/${name}`);
+const { graphs } = await readManifest(read);
+graphs.step.state.push({ name: 'tenth', dtype: 'float16', shape: [2, 'batch'], initial: 0.1 });
+const state = await initialState(graphs.step, read);
+console.log(JSON.stringify(Object.entries(state).map(
+  ([name, { type, data, dims }]) => [name, type, [...fromHalves(data)], dims],
+)));
+"""
+
+
+def test_node_begins_with_states_in_half(texts, node):
+    state = rwkv_export.load(texts["half"], threads=1).initial_state("step", 1)
+    assert state["wkv"].any()
+    assert {values.dtype for values in state.values()} == {np.dtype(np.float16)}
+    expected = {**state, "tenth": np.full((2, 1), 0.1, np.float16)}
+    got = json.loads(script(node, STATE_IN_NODE, str(texts["half"])))
+    assert [name for name, *_ in got] == list(expected)
+    for name, dtype, values, shape in got:
+        assert dtype == "float16"
+        np.testing.assert_array_equal(np.reshape(values, shape), expected[name], err_msg=name)
 
 
 ENCODE_IN_NODE = """
@@ -355,7 +427,7 @@ def screenshot(name: str) -> str | None:
 @pytest.mark.parametrize(
     ("name", "isolated", "backend"),
     [("bytes", True, "wasm"), ("bytes", False, "wasm"), ("bytes", True, "webgpu"),
-     ("world", True, "wasm"), ("phone", True, "wasm")],
+     ("world", True, "wasm"), ("phone", True, "wasm"), ("half", True, "wasm")],
 )  # fmt: skip
 def test_chromium_writes_the_tokens_that_python_writes(texts, browser, name, isolated, backend):
     if name not in texts:
@@ -374,7 +446,29 @@ def test_chromium_writes_the_tokens_that_python_writes(texts, browser, name, iso
     text = "".join(runtime.generate(PROMPT, temperature=0, max_tokens=TOKENS))
     assert found["text"] == text
     assert re.fullmatch(r"64 tokens · \d+\.\d tokens/s", found["speed"])
-    assert found["state"]["drawn"] > 32 * 32 / 2
+    assert_drawn(texts[name], found)
+
+
+def assert_drawn(folder: Path, found: dict[str, Any]) -> None:
+    """Check the picture of the last layer's matrices after the prompt and the tokens found."""
+    runtime = rwkv_export.load(folder, threads=1)
+    stream = runtime.stream(runtime.initial_state("step", 1))
+    tok = tokenizer(runtime.metadata["tokenizer"], beside=folder)
+    for token in [0, *tok.encode(PROMPT), *found["tokens"]]:
+        stream("step", {"tokens": np.array([[token]])})
+    wkv_HKV = stream.state["wkv"][-1, 0].astype(np.float32)
+    # what is too small to be seen may be either
+    negative = ((wkv_HKV < 0) & (np.abs(wkv_HKV) > 1e-4 * np.abs(wkv_HKV).max())).sum()
+    assert abs(found["state"]["blue"] - negative) <= 0.02 * wkv_HKV.size
+    assert wkv_HKV.size / 2 < found["state"]["drawn"] <= wkv_HKV.size
+
+
+def test_the_page_draws_states_in_half_where_the_browser_has_no_such_array(texts, browser):
+    query = "?model=text-half&backend=wasm"
+    found = browser(query, prompt=PROMPT, maxTokens=8, without="Float16Array")
+    assert found["phase"] == "text", found["status"]
+    assert found["tokens"] == greedy(texts["half"], 8), found["speed"]
+    assert_drawn(texts["half"], found)
 
 
 @pytest.mark.parametrize("backend", ["wasm", "webgpu"])
@@ -398,6 +492,8 @@ def test_each_backend_gets_its_model_and_webassembly_what_webgpu_refuses(browser
     assert browser()["status"].startswith("text-phone")
     # its free dimensions are computed on the processor
     assert browser("?model=image-grey", webgpu=True)["status"].endswith("threads")
+    # SwiftShader has no fp16
+    assert browser("?model=text-half", webgpu=True)["status"].endswith("threads")
 
 
 @pytest.mark.parametrize("name", ["color", "grey"])

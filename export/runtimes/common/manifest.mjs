@@ -1,9 +1,16 @@
 // manifest.json: what an exported folder holds. The fields are described in export/README.md.
 
 import { HostError } from './errors.mjs';
+import { toHalf } from './halves.mjs';
 
 const FORMAT = 1;
-const ARRAYS = { float32: Float32Array, int64: BigInt64Array, int32: Int32Array, uint8: Uint8Array };
+const ARRAYS = {
+  float32: Float32Array,
+  float16: Uint16Array, // their bits
+  int64: BigInt64Array,
+  int32: Int32Array,
+  uint8: Uint8Array,
+};
 
 /**
  * A named tensor; strings in its shape name free dimensions, `initial` is a state's first value or
@@ -96,8 +103,9 @@ export async function initialState(graph, read) {
       }
       data = new array(content.slice().buffer);
     } else {
-      // @ts-expect-error: numbers for floats, big integers for int64
-      data.fill(dtype === 'int64' ? BigInt(initial ?? 0) : (initial ?? 0));
+      const first = { int64: BigInt, float16: toHalf }[/** @type {string} */ (dtype)] ?? Number;
+      // @ts-expect-error: an element of this very array
+      data.fill(first(initial ?? 0));
     }
     state[name] = { type: dtype, data, dims };
   }

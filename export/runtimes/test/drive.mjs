@@ -1,7 +1,8 @@
 // node drive.mjs JSON: opens the page in Debian's Chromium, uses it as a visitor does, and prints
 // what it shows, as JSON. Given: url, chromium; folder to choose; prompt and maxTokens to write
 // after; ids whose logits to return; pictures to classify; camera to look through; webgpu in
-// software; screenshot to write, midway too where a text is written.
+// software; without, a global that the page shall lack; screenshot to write, midway too where a text
+// is written.
 
 import { chromium } from 'playwright-core';
 
@@ -39,7 +40,8 @@ async function write(page) {
       const canvas = document.querySelector('#state');
       const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
       const drawn = data.filter((value, i) => i % 4 === 3 && value > 0).length;
-      return { width: canvas.width, height: canvas.height, drawn };
+      const blue = data.filter((value, i) => i % 4 === 2 && value > data[i - 2]).length;
+      return { width: canvas.width, height: canvas.height, drawn, blue };
     }),
   };
 }
@@ -80,6 +82,7 @@ try {
   const viewport = given.viewport ?? { width: 1180, height: 760 };
   const page = await browser.newPage({ viewport, colorScheme });
   page.setDefaultTimeout(150_000);
+  if (given.without) await page.addInitScript(`delete globalThis.${given.without}`);
   page.on('pageerror', (error) => found.errors.push(error.message));
   if (given.log) page.on('console', (message) => console.error(message.text()));
   // Chromium was seen to open and then to ask for nothing

@@ -8,14 +8,22 @@ export interface Backend {
   ort: typeof Ort;
   name: Place;
   label: string;
+  halves: boolean; // whether it takes tensors of fp16
   options: Ort.InferenceSession.SessionOptions;
+}
+
+interface Adapter {
+  features: ReadonlySet<string>;
 }
 
 /** Return where models may run here, the fastest first. */
 export async function places(): Promise<Place[]> {
-  const gpu = (navigator as { gpu?: { requestAdapter(): Promise<unknown> } }).gpu;
-  const adapter = await gpu?.requestAdapter().catch(() => null);
-  return adapter ? ['webgpu', 'wasm'] : ['wasm'];
+  return (await findAdapter()) ? ['webgpu', 'wasm'] : ['wasm'];
+}
+
+async function findAdapter(): Promise<Adapter | null | undefined> {
+  const { gpu } = navigator as { gpu?: { requestAdapter(): Promise<Adapter | null> } };
+  return gpu?.requestAdapter().catch(() => null);
 }
 
 /** Load onnxruntime-web; 0 threads leave their number to this function. */
@@ -36,7 +44,8 @@ async function openWebGpu(): Promise<Backend> {
     // a graph that would travel to the processor and back runs faster there altogether
     extra: { session: { disable_cpu_ep_fallback: '1' } },
   };
-  return { ort, name: 'webgpu', label: 'WebGPU', options };
+  const halves = (await findAdapter())?.features.has('shader-f16') ?? false;
+  return { ort, name: 'webgpu', label: 'WebGPU', halves, options };
 }
 
 async function openWasm(threads: number): Promise<Backend> {
@@ -50,7 +59,7 @@ async function openWasm(threads: number): Promise<Backend> {
   const used = crossOriginIsolated ? wanted : 1;
   ort.env.wasm.numThreads = used;
   const label = `WebAssembly, ${used} thread${used > 1 ? 's' : ''}`;
-  return { ort, name: 'wasm', label, options: { executionProviders: ['wasm'] } };
+  return { ort, name: 'wasm', label, halves: true, options: { executionProviders: ['wasm'] } };
 }
 
 function find(ort: typeof Ort, mjs: string, wasm: string): void {

@@ -2,6 +2,7 @@
 
 import type { InferenceSession, Tensor } from 'onnxruntime-web';
 import { HostError } from '../../common/errors.mjs';
+import { fromHalves } from '../../common/halves.mjs';
 import {
   checkHash,
   hashes,
@@ -49,7 +50,7 @@ export function fromDisk(files: Iterable<File>): ReadFile {
   };
 }
 
-/** A graph that onnxruntime does not open on a backend. */
+/** A graph that a backend does not run. */
 export class Refused extends HostError {}
 
 /** Return the model of a folder, its graphs opened; `say` is told what is being read. */
@@ -62,6 +63,10 @@ export async function openModel(
   const names = graphsFor(whole, backend.name);
   const graphs = Object.fromEntries(names.map((name) => [name, whole.graphs[name]]));
   const manifest = { ...whole, graphs };
+  const states = Object.values(graphs).flatMap((graph) => graph.state);
+  if (!backend.halves && states.some((state) => state.dtype === 'float16')) {
+    throw new Refused(`states of fp16 need shader-f16, which ${backend.label} lacks here`);
+  }
   const checked: ReadFile = async (name) => {
     say(`Reading ${name}`);
     const content = await read(name);
@@ -161,8 +166,9 @@ export class Stream {
 
   /** Return the values of a state tensor and its shape. */
   async peek(name: string): Promise<{ data: Float32Array; dims: readonly number[] }> {
-    const tensor = this.state[name];
-    return { data: (await tensor.getData()) as Float32Array, dims: tensor.dims };
+    const { type, dims } = this.state[name];
+    const data = (await this.state[name].getData()) as Float32Array;
+    return { data: type === 'float16' ? fromHalves(data) : data, dims };
   }
 
   close(): void {
