@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rwkv_export.moments import _Listener
 from rwkv_export.quantize import quantized
-from rwkv_export.rounding import BLOCK, in_blocks
+from rwkv_export.rounding import BLOCK, Rounder, in_blocks
 
 SHAPES = [(64, 64), (96, 130), (100, 65), (67, 71)]  # K, N; whole blocks and pieces of one
 
@@ -77,7 +77,7 @@ def run(model, x):
 def test_a_product_is_with_the_rounded_matrix(matrix, shape, scheme, bits):
     weights = matrix(*shape)
     moments = {"w": np.diag(np.arange(1.0, shape[0] + 1)) + 1} if bits == 4 else {}
-    model = quantized(graph(weights, "MatMul"), scheme, moments=moments)
+    model = quantized(graph(weights, "MatMul"), scheme, rounder=Rounder(moments))
     (node,) = model.graph.node
     assert node.op_type == "MatMulNBits"
     for attribute in node.attribute:

@@ -19,7 +19,8 @@ from rwkv_export.gate import BOUNDS, Bounds, Quality, compare_answers
 from rwkv_export.half_states import halve, in_half
 from rwkv_export.manifest import MANIFEST, PARITY, Manifest, sha256
 from rwkv_export.moments import moments
-from rwkv_export.quantize import ROUNDED_BY_DATA, Moments, layers_of, matrices, quantized
+from rwkv_export.quantize import ROUNDED_BY_DATA, layers_of, matrices, quantized
+from rwkv_export.rounding import Rounder
 from rwkv_export.runtime import Runtime
 from rwkv_export.weights import WEIGHTS, WeightFile
 
@@ -73,7 +74,7 @@ def compress(
     if before.metadata.get("quantization"):
         raise ExportError(f"{source} is quantised already; start from the folder in fp32")
     bounds = bounds or BOUNDS.get(scheme, Bounds(kl=0.0))
-    read: Moments = {}
+    rounder = Rounder()
     if scheme in ROUNDED_BY_DATA:
         seen, data = data[: len(data) // 2], data[len(data) // 2 :]
         labels = labels if labels is None else labels[len(seen) :]
@@ -82,15 +83,15 @@ def compress(
                 f"{scheme} is rounded by half of the rows of data and judged by the others; "
                 f"got {len(data)}, give at least two"
             )
-        read = moments(before, seen)
+        rounder = Rounder(moments(before, seen))
     with atomic_folder(folder) as temporary:
         kept = _kept(before, keep)
-        count = _write(before, temporary, scheme, kept, read, half_states)
+        count = _write(before, temporary, scheme, kept, rounder, half_states)
         after = Runtime(temporary, threads=threads)
         quality = compare_answers(before, after, data, labels)
         broken = bounds.broken(quality)
         if broken:
-            worst = _worst_layers(before, scheme, data, labels, kept, read, threads)
+            worst = _worst_layers(before, scheme, data, labels, kept, rounder, threads)
             named = ", ".join(f"{layer} (KL {kl:.2g})" for layer, kl in worst)
             raise ExportError(
                 f"{scheme} is refused: {'; '.join(broken)}. What costs most: {named}. Keep those "
@@ -119,7 +120,7 @@ def _write(
     folder: Path,
     scheme: str,
     keep: Collection[str],
-    read: Moments,
+    rounder: Rounder,
     half_states: bool = False,
 ) -> int:
     """Write the graphs quantised, and everything else as it is; return the matrices quantised."""
@@ -129,7 +130,7 @@ def _write(
     for name, info in before.graphs.items():
         model = onnx.load(before.folder / info.file)
         counts.add(len([m for m in matrices(model) if m not in keep]))
-        model = quantized(model, scheme, keep=keep, moments=read)
+        model = quantized(model, scheme, keep=keep, rounder=rounder)
         if half_states:
             halve(model, [t.name for t in info.state])
             state = tuple(dataclasses.replace(t, dtype="float16") for t in info.state)
@@ -163,7 +164,7 @@ def _worst_layers(
     data: np.ndarray,
     labels: np.ndarray | None,
     keep: Collection[str],
-    read: Moments,
+    rounder: Rounder,
     threads: int,
 ) -> list[tuple[str, float]]:
     """Return the three layers that alone cost most, and their divergence."""
@@ -173,7 +174,7 @@ def _worst_layers(
     costs = []
     for layer, own in layers_of(sorted(names - set(keep))).items():
         with tempfile.TemporaryDirectory() as folder:
-            _write(before, Path(folder), scheme, names - set(own), read)
+            _write(before, Path(folder), scheme, names - set(own), rounder)
             some = None if labels is None else labels[:PROBED]
             quality = compare_answers(before, Runtime(folder, threads=threads), data[:PROBED], some)
         costs.append((layer, quality.kl if np.isfinite(quality.kl) else float("inf")))

@@ -20,7 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rwkv_core.errors import ExportError, did_you_mean
 from rwkv_export.clean import strip
-from rwkv_export.rounding import BLOCK, in_blocks
+from rwkv_export.rounding import BLOCK, Rounder
 
 __all__ = ["ROUNDED_BY_DATA", "SCHEMES", "layers_of", "matrices", "quantized"]
 
@@ -28,8 +28,6 @@ LEAST = 64  # rows and columns of a matrix that is worth it
 INT8_MATMUL = 4  # accuracy level: activations in 8 bits; the others are half as fast
 OUTLIER = 1.5  # times the median rounding error: such a matrix gets 8 bits instead of 4
 MICROSOFT = "com.microsoft"
-
-Moments = Mapping[str, np.ndarray]
 
 
 def matrices(model: ModelProto) -> dict[str, str]:
@@ -56,7 +54,7 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def quantized(
-    model: ModelProto, scheme: str, *, keep: Iterable[str] = (), moments: Moments | None = None
+    model: ModelProto, scheme: str, *, keep: Iterable[str] = (), rounder: Rounder | None = None
 ) -> ModelProto:
     """Return a graph with its matrices quantised.
 
@@ -64,8 +62,7 @@ def quantized(
         model: the graph, weights inside.
         scheme: one of ``SCHEMES``.
         keep: weights that stay as they are.
-        moments: what the matrices read, as ``moments.py`` finds it, for the schemes of
-            ``ROUNDED_BY_DATA``; a weight without is rounded by itself.
+        rounder: of blocks, for graphs that share weights; None rounds every weight by itself.
 
     Raises:
         ExportError: an unknown scheme, or a matrix that was left out without being asked for.
@@ -73,7 +70,7 @@ def quantized(
     if scheme not in SCHEMES:
         raise ExportError(f"unknown quantisation {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
     wanted = [name for name in matrices(model) if name not in set(keep)]
-    result = SCHEMES[scheme](model, wanted, moments or {})
+    result = SCHEMES[scheme](model, wanted, rounder or Rounder())
     left = [name for name in matrices(result) if name in wanted]
     if left:
         raise ExportError(f"{len(left)} matrices were not quantised, such as {left[0]!r}")
@@ -81,7 +78,7 @@ def quantized(
     return result
 
 
-def _fp16(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
+def _fp16(model: ModelProto, wanted: list[str], _: Rounder) -> ModelProto:
     result = ModelProto()
     result.CopyFrom(model)
     casts = []
@@ -99,18 +96,18 @@ def _fp16(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
     return result
 
 
-def _int8(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
+def _int8(model: ModelProto, wanted: list[str], rounder: Rounder) -> ModelProto:
     model = _replaced(model, "Gather", wanted, _rows_in_8_bits)
-    return _replaced(model, "MatMul", wanted, partial(_in_blocks, bits=8))
+    return _replaced(model, "MatMul", wanted, partial(_in_blocks, rounder=rounder, bits=8))
 
 
-def _int4(model: ModelProto, wanted: list[str], moments: Moments) -> ModelProto:
+def _int4(model: ModelProto, wanted: list[str], rounder: Rounder) -> ModelProto:
     rough = outliers(model, wanted)
     fine = [name for name in wanted if name not in rough]
     model = _replaced(model, "Gather", rough, _rows_in_8_bits)
-    model = _replaced(model, "Gather", fine, _rows_in_4_bits)
-    model = _replaced(model, "MatMul", rough, partial(_in_blocks, bits=8))
-    return _replaced(model, "MatMul", fine, partial(_in_blocks, bits=4, moments=moments))
+    model = _replaced(model, "Gather", fine, partial(_rows_in_4_bits, rounder=rounder))
+    model = _replaced(model, "MatMul", rough, partial(_in_blocks, rounder=rounder, bits=8))
+    return _replaced(model, "MatMul", fine, partial(_in_blocks, rounder=rounder, bits=4))
 
 
 def outliers(model: ModelProto, wanted: list[str]) -> list[str]:
@@ -175,12 +172,10 @@ def _replaced(
     return result
 
 
-def _in_blocks(
-    node: NodeProto, matrix_KN: np.ndarray, *, bits: int, moments: Moments | None = None
-) -> Parts:
+def _in_blocks(node: NodeProto, matrix_KN: np.ndarray, *, rounder: Rounder, bits: int) -> Parts:
     """Multiply by a matrix in blocks along its columns."""
     name, (K, N) = node.input[1], matrix_KN.shape
-    levels_KN, step_nN, zero_nN = in_blocks(matrix_KN, bits, (moments or {}).get(name))
+    levels_KN, step_nN, zero_nN = rounder(name, matrix_KN, bits)
     levels_NK = np.pad(levels_KN, ((0, -K % BLOCK), (0, 0))).T
     arrays = {
         f"{name}.int{bits}": _packed(levels_NK, bits).reshape(N, -1, BLOCK * bits // 8),
@@ -194,10 +189,10 @@ def _in_blocks(
     return [product], arrays
 
 
-def _rows_in_4_bits(node: NodeProto, table_ND: np.ndarray) -> Parts:
+def _rows_in_4_bits(node: NodeProto, table_ND: np.ndarray, *, rounder: Rounder) -> Parts:
     """Look up rows of a table in blocks of 4 bits along them."""
     name = node.input[0]
-    levels_DN, step_nN, zero_nN = in_blocks(np.ascontiguousarray(table_ND.T), 4)
+    levels_DN, step_nN, zero_nN = rounder(name, np.ascontiguousarray(table_ND.T), 4)
     arrays: Stored = {
         f"{name}.int4": _four_bits(f"{name}.int4", levels_DN.T),
         f"{name}.step": np.ascontiguousarray(step_nN.T),
@@ -240,7 +235,7 @@ def _four_bits(name: str, levels: np.ndarray) -> TensorProto:
     return helper.make_tensor(name, TensorProto.UINT4, levels.shape, content, raw=True)
 
 
-def _dynamic(model: ModelProto, wanted: list[str], _: Moments) -> ModelProto:
+def _dynamic(model: ModelProto, wanted: list[str], _: Rounder) -> ModelProto:
     """Quantise per column, and activations when the graph runs, in standard operators.
 
     Weights are stored unsigned: of signed ones processors without VNNI (AVX2, AVX-512) add pairs of
@@ -318,7 +313,7 @@ def _by_row(x: str) -> tuple[list[NodeProto], list[str]]:
     return nodes, [out, scale, "int8.128"]
 
 
-SCHEMES: dict[str, Callable[[ModelProto, list[str], Moments], ModelProto]] = {
+SCHEMES: dict[str, Callable[[ModelProto, list[str], Rounder], ModelProto]] = {
     "fp16": _fp16,
     "int8": _int8,
     "int8-dynamic": _dynamic,

@@ -5,12 +5,14 @@ arXiv:2210.17323) rounds row by row, and after each moves those still to come by
 for it. All it has to know of the inputs x is their sum of x xᵀ.
 """
 
+import hashlib
 import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["BLOCK", "Blocks", "in_blocks"]
+__all__ = ["BLOCK", "Blocks", "Rounder", "in_blocks"]
 
 BLOCK = 32
 # shares of a block's largest weight, and of its smallest, that its levels may span
@@ -31,6 +33,25 @@ class Blocks(NamedTuple):
         """The weights, as fp32."""
         block = np.arange(len(self.levels_KN)) // BLOCK
         return (self.levels_KN - self.zero_nN[block].astype(np.float32)) * self.step_nN[block]
+
+
+class Rounder:
+    """Rounds matrices, each once, however many graphs it is in.
+
+    Args:
+        moments: sum of x xᵀ over inputs, by the weight's name; see ``moments.py``.
+    """
+
+    def __init__(self, moments: Mapping[str, np.ndarray] | None = None) -> None:
+        self._moments = moments or {}
+        self._done: dict[tuple[bytes, int], Blocks] = {}
+
+    def __call__(self, name: str, matrix_KN: np.ndarray, bits: int) -> Blocks:
+        """Return a weight in 4 or 8 bits, by what it reads where that is known."""
+        key = hashlib.sha256(matrix_KN.tobytes()).digest(), bits
+        if key not in self._done:
+            self._done[key] = in_blocks(matrix_KN, bits, self._moments.get(name))
+        return self._done[key]
 
 
 def in_blocks(matrix_KN: np.ndarray, bits: int, moments_KK: np.ndarray | None = None) -> Blocks:
