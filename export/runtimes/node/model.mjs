@@ -145,8 +145,13 @@ class Stream {
   }
 }
 
-/** @param {Values} values */
-const tensor = ({ type, data, dims }) => new ort.Tensor(type, data, dims);
+/**
+ * Return a tensor over `data` itself. Where Node has Float16Array (24 and newer), the constructor makes
+ * one of the bits of fp16, and onnxruntime-node 1.30 takes that for empty.
+ * @param {Values} values
+ */
+const tensor = ({ type, data, dims }) =>
+  Object.assign(new ort.Tensor(type, data, dims), { cpuData: data });
 
 /**
  * Return a picture file upright, in the channels of the model.
