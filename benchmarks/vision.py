@@ -109,8 +109,13 @@ def both(net: nn.Module, images: torch.Tensor) -> None:
 
 def write_onnx(net: nn.Module, images: torch.Tensor, path: Path) -> Path:
     race.installed("onnxruntime")
+    from rwkv_export.fuse import fuse  # as `rwkv export` does; it finds nothing in the ViT
+
     torch._dynamo.reset()
-    torch.onnx.export(net.eval(), (images,), path, dynamo=True, opset_version=20, verbose=False)
+    program = torch.onnx.export(net.eval(), (images,), dynamo=True, opset_version=20, verbose=False)
+    assert program is not None
+    fuse(program.model)
+    program.save(path)
     return path
 
 

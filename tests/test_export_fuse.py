@@ -51,6 +51,9 @@ FUSED: dict[str, tuple[Node, ...]] = {
     "exclusive": (SUM, BEFORE),
     "exclusive and reverse": (("Slice", FLIP, {}), SUM, ("Slice", FLIP, {}), AFTER),
     "literal shape": (("Reshape", ([2, 21],), {}), ("Reshape", ([3, -1],), {})),
+    "two axes": (
+        ("Slice", ([1], [5], [1], [2]), {}), ("Slice", ([0, 0], [1, 2], [0, 2], [1, 1]), {}),
+    ),
     "square": (("Pow", (np.float32(2),), {}),),
     "one axis": (("Reshape", ([14, 1, 3],), {}), ("Squeeze", ([-2],), {}),
                  ("Unsqueeze", ([-2],), {})),
@@ -64,6 +67,12 @@ KEPT: dict[str, tuple[Node, ...]] = {
     "exclusive already": (("CumSum", (1,), {"exclusive": 1}), BEFORE),
     "moved along another axis": (SUM, ("Pad", ([1, 0, 0, -1, 0, 0],), {})),
     "not by zeros": (SUM, ("Pad", ([0, 1, 0, 0, -1, 0], np.float32(1)), {})),
+    "the same axis again": (
+        ("Slice", ([1], [5], [1], [1]), {}), ("Slice", ([1], [5], [1], [1]), {}),
+    ),
+    "perhaps the same axis": (
+        ("Slice", ([1], [5], [1], [1]), {}), ("Slice", ([1], [5], [-2], [1]), {}),
+    ),
     "cube": (("Pow", (np.float32(3),), {}),),
     "a size that is meant": (("Reshape", ([6, 7],), {}), ("Reshape", ([0, 7, 1],), {})),
     "another axis back": (

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import rwkv_export
 import timm
 import torch
+from onnx import numpy_helper
 from PIL import Image
 from rwkv_export.onnx import write_onnx
 from torch import Tensor, nn
@@ -95,6 +97,17 @@ def test_graphs_take_any_size_and_carry_preprocessing(exported: tuple[Classifier
         runtime("image", {"image": image})["logits"],
         rtol=0, atol=1e-4,
     )  # fmt: skip
+
+
+def test_nothing_is_cropped_and_padded_at_once(exported: tuple[Classifier, Path]) -> None:
+    """Where that crops to nothing, onnxruntime before 1.24 writes no zeros."""
+    graph = onnx.load(exported[1] / "onnx" / "image.onnx").graph
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    pads = [
+        constants[n.input[1]] for n in graph.node if n.op_type == "Pad" and n.input[1] in constants
+    ]
+    assert len(pads) == 2  # the Q-Shifts of one layer
+    assert all(amounts.min() >= 0 for amounts in pads)
 
 
 def test_manifest_says_what_a_host_needs(exported: tuple[Classifier, Path]) -> None:

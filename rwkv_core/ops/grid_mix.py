@@ -30,6 +30,10 @@ def grid_shift(x_BHWC: Tensor, groups: Groups, heads: int = 1) -> Tensor:
     """
     if heads > 1:
         x_BHWC = x_BHWC.unflatten(-1, [heads, -1])
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript reads no further
+        if torch.compiler.is_exporting():
+            x_BHWC = _shift_views(x_BHWC, groups)
+            return x_BHWC.flatten(-2) if heads > 1 else x_BHWC
     parts = x_BHWC.split([group[0] for group in groups], -1)
     inner = [0, 0] if heads == 1 else [0, 0, 0, 0]  # channels, and heads
     moved = []
@@ -39,6 +43,22 @@ def grid_shift(x_BHWC: Tensor, groups: Groups, heads: int = 1) -> Tensor:
         moved.append(F.pad(parts[i], pad) if dy != 0 or dx != 0 else parts[i])
     x_BHWC = torch.cat(moved, -1)
     return x_BHWC.flatten(-2) if heads > 1 else x_BHWC
+
+
+def _shift_views(x: Tensor, groups: Groups) -> Tensor:
+    """Return what each patch sees, in one pad and a view for each group.
+
+    For graphs: where a grid has one row, :func:`grid_shift` crops it to nothing before it pads, and
+    what onnxruntime before 1.24 puts there is not zeros.
+    """
+    reach = max(max(abs(dy), abs(dx)) for _, dy, dx in groups)
+    around = F.pad(x, [0, 0] * (x.ndim - 3) + [reach] * 4)
+    moved, first = [], 0
+    for size, dy, dx in groups:
+        rows, columns = (slice(reach + d, d - reach or None) for d in (dy, dx))
+        moved.append(around[:, rows, columns, ..., first : first + size])
+        first += size
+    return torch.cat(moved, -1)
 
 
 def grid_mix(
