@@ -72,7 +72,7 @@ def ours_onnx(folder: Path, scheme: str = "fp32") -> Engine:
     if not whole.exists():
         rwkv_export.export(load(folder / MODEL), whole, steps=(1, 8))
     if scheme != "fp32" and not (folder / scheme).exists():
-        few = np.zeros((1, 8), np.int64)  # random weights have no quality to lose
+        few = np.zeros((2, 8), np.int64)  # random weights have no quality to lose
         rwkv_export.compress(whole, folder / scheme, scheme, few, bounds=ANYTHING)
     runtime = rwkv_export.load(folder / scheme if scheme != "fp32" else whole,
                                threads=torch.get_num_threads())  # fmt: skip
