@@ -16,7 +16,7 @@ SMALL = TextConfig(dim=32, depth=2, context=16, batch_size=2, mixer_options={"he
 
 
 def test_the_domain_keeps_the_contract():
-    check_adapter("text", SMALL)
+    check_adapter("text", SMALL, onnx=False)  # test_export.py
 
 
 # tokenizer
